@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -17,14 +18,21 @@ from .hooks import API, Hooks, Plugin
 GROUP = "aiirwkv"
 
 
-def installed() -> dict[str, EntryPoint]:
-    """Installed plugins by name. Nothing is imported."""
-    return {ep.name: ep for ep in entry_points(group=GROUP)}
-
-
 def origin(ep: EntryPoint) -> str:
     """The distribution that brings a plugin, and its version."""
     return f"{ep.dist.name} {ep.dist.version}" if ep.dist else "unknown distribution"
+
+
+def origin_of(plugin: Plugin) -> str:
+    """The distribution that brought a loaded plugin."""
+    name = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
+    return next((origin(ep) for ep in installed().values() if ep.value == name), type(plugin).__module__)
+
+
+@cache
+def installed() -> dict[str, EntryPoint]:
+    """Installed plugins by name. Nothing is imported."""
+    return {ep.name: ep for ep in entry_points(group=GROUP)}
 
 
 def find(name: str) -> EntryPoint:

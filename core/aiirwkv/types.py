@@ -834,7 +834,8 @@ class Job(Reply):
     """
     A request delivered durably. `done` of `total` (0: unknown) with a `note`; `result` is the hook's reply.
 
-    `stalled` counts deliveries in a row without progress; `request` and `claim` serve resume and retry.
+    `attempt` counts deliveries, `stalled` those in a row that brought nothing beyond `reached`; `request`, `claim` and
+    `sequence` (the message that counts) serve resume and retry.
     """
 
     id: str
@@ -848,6 +849,8 @@ class Job(Reply):
     note: str = ""
     attempt: int = 0
     stalled: int = 0
+    reached: float = 0.0
+    sequence: int = 0
     created: float = 0.0
     updated: float = 0.0
     result: Any = None

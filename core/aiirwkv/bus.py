@@ -1,0 +1,393 @@
+"""The client side of the bus: call a hook, stream from one, submit a job, see who is there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from .config import BusConfig
+from .errors import BY_CODE, Busy, DeadlineExceeded, NoWorker, ServerError, ServiceError, StreamBroken, TooLarge
+from .store import Bucket, Objects, ulid
+from .types import REQUESTS, Job, Object, Request, Service, StreamRequest
+
+R = TypeVar("R")
+C = TypeVar("C")
+
+log = logging.getLogger(__name__)
+
+PREFIX = "aiirwkv"
+ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"
+TIMEOUT = "Aiirwkv-Timeout"
+SEQUENCE = "Aiirwkv-Sequence"
+USER = "Aiirwkv-User"
+JOB = "Aiirwkv-Job"
+GROUP = "Aiirwkv-Group"
+MESSAGE_ID = "Nats-Msg-Id"
+NO_RESPONDERS = "503"
+
+JOBS_STREAM = "AIIRWKV_JOBS"
+JOBS_BUCKET = "aiirwkv_jobs"
+OBJECTS_BUCKET = "aiirwkv_objects"
+DAY = 86400.0
+DISCOVERY_PATIENCE = 2.0
+
+
+def subject(hook: str, to: str | None = None) -> str:
+    """aiirwkv.<hook>[.<plugin>[.<worker>]]"""
+    return ".".join(part for part in (PREFIX, hook, to) if part)
+
+
+def check(msg: Msg, asked: str) -> Msg:
+    """Raise the error a reply carries, if any."""
+    headers = msg.headers or {}
+    if headers.get("Status") == NO_RESPONDERS:
+        raise NoWorker(nobody(asked))
+    if code := headers.get(ERROR_CODE):
+        raise BY_CODE.get(int(code), ServiceError)(headers.get(ERROR, ""))
+    return msg
+
+
+def nobody(asked: str) -> str:
+    _, hook, *plugin = asked.split(".")
+    start = f"aiirwkv worker {plugin[0]}" if plugin else "aiirwkv up"
+    return f"nobody serves {asked} now; start a worker for it ({start}), or see who is there: aiirwkv plugins ({hook})"
+
+
+class _Client(Client):
+    """
+    A NATS client whose flush is a fence.
+
+    nats-py (2.16) writes flush's PING ahead of the commands still in its buffer, so the PONG proves nothing about
+    them: a subscription may not be there yet, and drain may drop a request. Write the buffer first. A flush that is
+    cancelled half-way breaks the read loop when its PONG arrives, so it is shielded.
+    """
+
+    async def flush(self, timeout: int = 10) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._flush_pending(force_flush=True)
+            await super().flush(timeout)
+
+
+async def _on_error(exc: Exception) -> None:
+    log.warning("bus: %s", exc or type(exc).__name__)
+
+
+class Bus:
+    """
+    A connection to NATS that speaks requests and replies.
+
+    `claim` says on whose behalf it asks; `deadline` (monotonic seconds) bounds every call; `patience` is how many
+    seconds a call waits for a worker that is missing or busy, which jobs do and people do not.
+    """
+
+    def __init__(self, nc: Client) -> None:
+        self.nc = nc
+        self.claim = ""
+        self.job = ""
+        self.deadline = float("inf")
+        self.patience = 0.0
+        self._buckets: dict[str, Bucket] = {}
+        self._services: dict[str, tuple[float, list[Service]]] = {}
+        self._objects: list[Objects] = []
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, config: BusConfig | str, name: str = "client", *, claim: str = "") -> AsyncIterator[Bus]:
+        """Connect for the length of the block. `config` may be just a URL."""
+        if isinstance(config, str):
+            config = BusConfig(url=config)
+        nc = _Client()
+        try:
+            with anyio.fail_after(10):
+                await nc.connect(
+                    config.url or "nats://127.0.0.1:4222",
+                    name=f"aiirwkv-{name}",
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.5,
+                    ping_interval=20,
+                    allow_reconnect=True,
+                    connect_timeout=5,
+                    error_cb=_on_error,
+                    **_security(config),
+                )
+        except (OSError, nats.errors.Error, TimeoutError) as exc:
+            with anyio.move_on_after(1, shield=True):
+                await nc.close()
+            raise ServerError(
+                f"cannot reach the bus at {address(config)}: {str(exc) or type(exc).__name__}; is it running, and are "
+                "[bus] url and credentials right?"
+            ) from None
+        try:
+            bus = cls(nc)
+            bus.claim = claim
+            yield bus
+        finally:
+            # A cancelled drain would swallow the cancellation and leave the connection half open.
+            with anyio.move_on_after(10, shield=True):
+                await (nc.drain() if nc.is_connected else nc.close())
+
+    def bound(self, *, claim: str = "", deadline: float = float("inf"), job: str = "", patience: float = 0) -> Bus:
+        """The same connection on behalf of somebody, within a deadline."""
+        bus = copy(self)
+        bus.claim, bus.deadline, bus.job, bus.patience = claim, deadline, job, patience
+        return bus
+
+    # Requests
+
+    async def call(self, request: Request[R], *, to: str | None = None, timeout: float = 30) -> R:
+        """
+        Ask one worker and return its reply. `to` names a plugin, or plugin.worker.
+
+        Raises a ServiceError; NoWorker within milliseconds when nobody is there.
+        """
+        if isinstance(request, StreamRequest):
+            request = msgspec.structs.replace(request, stream=False)
+        parts = request.parts()
+        return request.join([await self._patient(part, to, timeout) for part in parts])
+
+    async def _patient(self, request: Request[R], to: str | None, timeout: float) -> R:
+        give_up = time.monotonic() + self.patience
+        wait = 0.1
+        while True:
+            try:
+                return await self._call(request, to, timeout)
+            except (NoWorker, Busy):
+                if time.monotonic() + wait > min(give_up, self.deadline):
+                    raise
+            await anyio.sleep(wait)
+            wait = min(2 * wait, 2.0)
+
+    async def _call(self, request: Request[R], to: str | None, timeout: float) -> R:
+        asked = subject(request.hook, to)
+        timeout = min(timeout, self.deadline - time.monotonic())
+        if timeout <= 0:
+            raise DeadlineExceeded(f"{asked}: the deadline had passed before it was asked")
+        try:
+            data = msgspec.json.encode(request)
+            msg = await self.nc.request(asked, data, timeout, headers=self._headers(timeout))
+        except nats.errors.NoRespondersError:
+            raise NoWorker(nobody(asked)) from None
+        except nats.errors.TimeoutError:
+            raise DeadlineExceeded(f"{asked} took longer than {timeout:.3g} s") from None
+        except nats.errors.MaxPayloadError:
+            raise TooLarge(self._too_large(asked, len(data))) from None
+        except nats.errors.Error as exc:
+            raise ServerError(f"the connection to the bus broke while {asked} was asked: {exc}") from None
+        reply: R = msgspec.json.decode(check(msg, asked).data, type=request.reply)
+        return reply
+
+    @asynccontextmanager
+    async def stream(
+        self, request: StreamRequest[C, Any], *, to: str | None = None, timeout: float = 600, idle: float = 15
+    ) -> AsyncIterator[AsyncIterator[C]]:
+        """
+        Stream from one worker. Leaving the block stops the worker.
+
+        The worker notices because nobody listens to the inbox any more, so there is no cancel message to lose.
+        `idle`: seconds of silence after which the worker counts as dead (it sends a sign of life every 2 s).
+        """
+        asked = subject(request.hook, to)
+        timeout = min(timeout, self.deadline - time.monotonic())
+        inbox = self.nc.new_inbox()
+        sub = await self.nc.subscribe(inbox)
+        try:
+            data = msgspec.json.encode(request)
+            try:
+                await self.nc.publish(asked, data, reply=inbox, headers=self._headers(timeout))
+            except nats.errors.MaxPayloadError:
+                raise TooLarge(self._too_large(asked, len(data))) from None
+            yield self._chunks(sub, request, asked, time.monotonic() + timeout, idle)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sub.unsubscribe()
+                await self.nc.flush()
+
+    async def _chunks(
+        self, sub: Any, request: StreamRequest[C, Any], asked: str, deadline: float, idle: float
+    ) -> AsyncIterator[C]:
+        expected = 0
+        while True:
+            wait = min(idle, deadline - time.monotonic())
+            try:
+                msg = check(await sub.next_msg(timeout=max(wait, 0.001)), asked)
+            except nats.errors.TimeoutError:
+                if wait < idle:
+                    raise DeadlineExceeded(f"{asked} ran out of time") from None
+                raise StreamBroken(f"{asked}: the worker went silent for {idle:g} s; ask again") from None
+            if int((msg.headers or {}).get(SEQUENCE, expected)) != expected:
+                raise StreamBroken(f"{asked}: piece {expected} of the stream is missing; ask again")
+            expected += 1
+            if not msg.data:
+                return
+            if msg.data != b"{}":  # a sign of life
+                yield msgspec.json.decode(msg.data, type=request.chunk)
+
+    def _headers(self, timeout: float) -> dict[str, str]:
+        headers = {TIMEOUT: f"{timeout:.3f}"}
+        if self.claim:
+            headers[USER] = self.claim
+        if self.job:
+            headers[JOB] = self.job
+        return headers
+
+    def _too_large(self, asked: str, size: int) -> str:
+        return (
+            f"{asked}: the request has {size / 1e6:.1f} MB, a message carries at most "
+            f"{self.nc.max_payload / 1e6:.1f} MB; put what is large into the object store and name it"
+        )
+
+    # Jobs
+
+    async def submit(self, request: Request[Any], *, to: str | None = None, group: str = "", id: str = "") -> Job:
+        """Have a request carried out durably; the same id twice is one job."""
+        from .jobs import submit
+
+        return await submit(self, request, to=to, group=group, id=id or ulid())
+
+    @asynccontextmanager
+    async def follow(self, id: str = "", *, group: str = "") -> AsyncIterator[AsyncIterator[Job]]:
+        """The job, or the jobs of a group (all jobs if neither is named), now and at every change, until all ended."""
+        from .jobs import changes
+
+        bucket = await self.bucket(JOBS_BUCKET)
+        async with bucket.watch(f"job.{id or '>'}") as updates:
+            yield changes(updates, group=group, forever=not id and not group)
+
+    # Objects
+
+    async def put(self, source: bytes | Path, name: str = "", media_type: str = "") -> Object:
+        """Put bytes or a file of any size into the object store, where it stays for a day."""
+        return await (await self._store()).put(source, name, media_type)
+
+    async def get(self, id: str, into: Path) -> Object:
+        """Write an object to a file."""
+        return await (await self._store()).get(id, into)
+
+    async def read(self, id: str) -> bytes:
+        """An object's bytes, for objects that fit in memory."""
+        async with anyio.TemporaryDirectory(prefix="aiirwkv-") as folder:
+            path = Path(folder) / "object"
+            await self.get(id, path)
+            return path.read_bytes()
+
+    async def discard(self, id: str) -> None:
+        """Remove an object; it is no error if it is gone."""
+        await (await self._store()).discard(id)
+
+    async def _store(self) -> Objects:
+        if not self._objects:
+            self._objects.append(await Objects.open(self.nc, OBJECTS_BUCKET, ttl=DAY))
+        return self._objects[0]
+
+    async def bucket(self, name: str, *, ttl: float | None = None) -> Bucket:
+        """A key-value bucket, made if need be."""
+        if name not in self._buckets:
+            self._buckets[name] = await Bucket.open(self.nc, name, ttl=ttl)
+        return self._buckets[name]
+
+    # Discovery
+
+    async def services(self, hook: str | None = None, *, fresh: float = 0) -> list[Service]:
+        """Who serves what, in the order of `[use]`; at most `fresh` seconds old."""
+        at, found = self._services.get("", (float("-inf"), []))
+        if time.monotonic() - at > fresh:
+            found = await self._discover()
+            self._services[""] = (time.monotonic(), found)
+        return [service for service in found if hook in (None, service.hook)]
+
+    async def about(self, hook: str, plugin: str | None = None) -> dict[str, Any]:
+        """What a plugin says of itself (None: the one that serves by default); at most ten seconds old."""
+        give_up = time.monotonic() + max(DISCOVERY_PATIENCE, self.patience)
+        fresh = 10.0
+        while True:
+            for service in await self.services(hook, fresh=fresh):
+                if service.plugin == plugin or (plugin is None and service.rank >= 0):
+                    return service.about
+            if time.monotonic() > give_up:
+                raise NoWorker(nobody(subject(hook, plugin)))
+            fresh = 0
+            await anyio.sleep(0.1)
+
+    async def _discover(self, stall: float = 0.15, limit: float = 1.0) -> list[Service]:
+        inbox = self.nc.new_inbox()
+        sub = await self.nc.subscribe(inbox)
+        found: list[Service] = []
+        try:
+            await self.nc.publish(f"$SRV.INFO.{PREFIX}", b"", reply=inbox)
+            end = time.monotonic() + limit
+            wait = limit
+            while (wait := min(wait, end - time.monotonic())) > 0:
+                try:
+                    msg = await sub.next_msg(timeout=wait)
+                except nats.errors.TimeoutError:
+                    break
+                if (msg.headers or {}).get("Status") == NO_RESPONDERS:
+                    break
+                found += _services(msg.data)
+                wait = stall
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sub.unsubscribe()
+        order = list(REQUESTS)
+        return sorted(found, key=lambda s: (order.index(s.hook), s.rank < 0, s.rank, s.plugin, s.worker))
+
+
+def _services(info: bytes) -> list[Service]:
+    reply = msgspec.json.decode(info)
+    return [
+        msgspec.convert(
+            {
+                "hook": endpoint["name"],
+                "worker": reply["id"],
+                "version": reply["version"],
+                "process": reply["metadata"].get("process", ""),
+                "pid": int(reply["metadata"].get("pid", 0)),
+                "plugin": endpoint["metadata"]["plugin"],
+                "rank": int(endpoint["metadata"]["rank"]),
+                "about": msgspec.json.decode(endpoint["metadata"]["about"]),
+                "distribution": endpoint["metadata"].get("distribution", ""),
+            },
+            Service,
+        )
+        for endpoint in reply["endpoints"]
+        if endpoint["name"] in REQUESTS
+    ]
+
+
+def _security(config: BusConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if config.credentials:
+        options["user_credentials"] = config.credentials
+    if config.user:
+        options |= {"user": config.user, "password": config.password or ""}
+    if config.tls_ca or config.tls_cert:
+        import ssl
+
+        try:
+            context = ssl.create_default_context(cafile=config.tls_ca)
+            if config.tls_cert:
+                context.load_cert_chain(config.tls_cert, config.tls_key)
+        except OSError as exc:
+            raise ServerError(f"[bus] tls_ca, tls_cert or tls_key cannot be used: {exc}") from None
+        options["tls"] = context
+    return options
+
+
+def address(config: BusConfig) -> str:
+    """The URL without secrets, for people."""
+    scheme, _, rest = (config.url or "nats://127.0.0.1:4222").rpartition("://")
+    return f"{scheme or 'nats'}://{rest.rpartition('@')[2]}"
+
+
+__all__ = ["Bus", "address", "check", "subject"]
