@@ -1,0 +1,5 @@
+"""RWKV models, served: the hooks `generate` and `models`."""
+
+from .plugin import LlmRwkv
+
+__all__ = ["LlmRwkv"]

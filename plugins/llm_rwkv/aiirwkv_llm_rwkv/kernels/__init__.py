@@ -1,0 +1,1 @@
+"""The WKV recurrences of RWKV, one module per way to compute them."""

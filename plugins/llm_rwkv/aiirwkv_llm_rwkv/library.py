@@ -1,0 +1,93 @@
+"""The models on this machine: the built-in ones, those in the data directory, and one given by its path."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from aiirwkv.errors import PluginError
+
+from .card import Card
+
+__all__ = ["BUILT_IN", "Files", "find", "known", "unknown"]
+
+BUILT_IN = Path(__file__).parent / "models"
+WORLD = 65536  # rows of the embedding of models with the World vocabulary, which the `rwkv` package brings along
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model's card and files. Without a vocab.txt beside the weights, the World vocabulary is meant."""
+
+    card: Card
+    weights: Path
+
+    @classmethod
+    def at(cls, path: Path) -> Files:
+        """From a folder with model.safetensors, or a .safetensors file; a missing card.json means RWKV-7 G1's forms."""
+        weights = path / "model.safetensors" if path.is_dir() else path
+        if weights.suffix != ".safetensors":
+            raise PluginError(f"the model {weights} is not a .safetensors file")
+        if not weights.is_file():
+            raise PluginError(f"the model {weights} does not exist")
+        card = weights.with_name("card.json")
+        name = path.name if path.is_dir() else path.stem
+        return cls(Card.load(card) if card.is_file() else Card(name=name), weights)
+
+    def vocabulary(self, rows: int) -> Path:
+        """The vocabulary for an embedding of so many rows."""
+        path = self.weights.with_name("vocab.txt")
+        if path.is_file() or rows != WORLD:
+            return path
+        package = importlib.util.find_spec("rwkv")
+        if package is None or package.origin is None:
+            return path
+        return Path(package.origin).with_name("rwkv_vocab_v20230424.txt")
+
+    def verify(self) -> None:
+        """Raises PluginError when a file is not the one that the card was written for."""
+        for name, expected in self.card.sha256.items():
+            path = self.weights.with_name(name)
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise PluginError(f"the model file {path} cannot be read: {error.strerror}") from None
+            if found != expected:
+                raise PluginError(f"the model file {path} is damaged or another one: its sha256 is not its card's")
+
+
+def known(folders: Sequence[Path]) -> dict[str, Files]:
+    """The models in these folders, by name. A broken card is logged, and its model left out."""
+    found: dict[str, Files] = {}
+    for card in sorted(path for folder in folders for path in folder.glob("*/card.json")):
+        try:
+            files = Files.at(card.parent)
+            found[files.card.name] = files
+        except PluginError as error:
+            logging.getLogger(__name__).warning("%s", error)
+    return found
+
+
+def find(model: str, folders: Sequence[Path]) -> Files:
+    """A model by its name, or by the path of its folder or file."""
+    models = known(folders)
+    if model in models:
+        return models[model]
+    path = Path(model).expanduser()
+    if path.exists():
+        return Files.at(path)
+    raise PluginError(unknown("model", model, models) + ", and no file has this name")
+
+
+def unknown(kind: str, name: str, names: Sequence[str] | dict[str, Files]) -> str:
+    """What to say when there is no such thing."""
+    close = get_close_matches(name, list(names), 1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    there = f"there are: {', '.join(sorted(names))}" if names else "there are none"
+    return f"no {kind} {name!r}{hint}; {there}"
