@@ -319,12 +319,13 @@ class Bus:
             fresh = 0
             await anyio.sleep(0.1)
 
-    async def _discover(self, stall: float = 0.15, limit: float = 1.0) -> list[Service]:
+    async def workers(self, verb: str = "PING", stall: float = 0.15, limit: float = 1.0) -> list[dict[str, Any]]:
+        """What every worker answers to PING, INFO or STATS (ADR-32); asks until none has answered for `stall` s."""
         inbox = self.nc.new_inbox()
         sub = await self.nc.subscribe(inbox)
-        found: list[Service] = []
+        found: list[dict[str, Any]] = []
         try:
-            await self.nc.publish(f"$SRV.INFO.{PREFIX}", b"", reply=inbox)
+            await self.nc.publish(f"$SRV.{verb}.{PREFIX}", b"", reply=inbox)
             end = time.monotonic() + limit
             wait = limit
             while (wait := min(wait, end - time.monotonic())) > 0:
@@ -334,17 +335,20 @@ class Bus:
                     break
                 if (msg.headers or {}).get("Status") == NO_RESPONDERS:
                     break
-                found += _services(msg.data)
+                found.append(msgspec.json.decode(msg.data))
                 wait = stall
         finally:
             with anyio.CancelScope(shield=True):
                 await sub.unsubscribe()
+        return found
+
+    async def _discover(self) -> list[Service]:
+        found = [service for info in await self.workers("INFO") for service in _services(info)]
         order = list(REQUESTS)
         return sorted(found, key=lambda s: (order.index(s.hook), s.rank < 0, s.rank, s.plugin, s.worker))
 
 
-def _services(info: bytes) -> list[Service]:
-    reply = msgspec.json.decode(info)
+def _services(reply: dict[str, Any]) -> list[Service]:
     return [
         msgspec.convert(
             {

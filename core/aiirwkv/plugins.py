@@ -14,6 +14,7 @@ import pluggy
 from .config import Config, explain
 from .errors import ConfigError, PluginError
 from .hooks import API, Hooks, Plugin
+from .types import REQUESTS
 
 GROUP = "aiirwkv"
 
@@ -71,6 +72,11 @@ def load(name: str, settings: Mapping[str, Any]) -> Plugin:
         raise PluginError(explain(str(exc), "config.toml", cls, f"plugins.{name}")) from None
 
 
+def hooks(cls: type[Plugin]) -> list[str]:
+    """The hooks that a plugin's class implements."""
+    return [hook for hook in REQUESTS if hasattr(getattr(cls, hook, None), f"{GROUP}_impl")]
+
+
 def settings(cls: type[Plugin]) -> dict[str, Any]:
     """A plugin's settings with their defaults."""
     return {field.name: field.default if field.default is not msgspec.NODEFAULT else
@@ -105,8 +111,12 @@ class Registry:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as exc:
+            self._manager.unregister(plugin)
             raise PluginError(f"plugin {name!r}: {exc}") from exc
         self.plugins[name] = plugin
+
+    def remove(self, name: str) -> None:
+        self._manager.unregister(self.plugins.pop(name))
 
     def providers(self, hook: str) -> list[str]:
         impls = getattr(self._manager.hook, hook).get_hookimpls()

@@ -83,8 +83,17 @@ class Worker:
 
     tasks: TaskGroup
 
-    def __init__(self, bus: Bus, registry: Registry, config: Config, *, process: str = "worker") -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        registry: Registry,
+        config: Config,
+        *,
+        process: str = "worker",
+        broken: dict[str, str] | None = None,
+    ) -> None:
         self.bus, self.registry, self.config, self.process = bus, registry, config, process
+        self.broken = broken or {}
         if CORE not in registry.plugins:
             registry.add(CORE, CoreJobs().attach(Path(), bus))
         self.id: str = bus.nc._nuid.next().decode()
@@ -300,6 +309,7 @@ class Worker:
                 "process": self.process,
                 "pid": str(os.getpid()),
                 "api": str(API),
+                "broken": msgspec.json.encode(self.broken).decode(),
             },
         }
 
@@ -365,20 +375,24 @@ async def whole(request: Request[Any], result: Any) -> Any:
 
 
 @asynccontextmanager
-async def serving(bus: Bus, registry: Registry, config: Config, process: str) -> AsyncIterator[Worker]:
-    """Enter the plugins, serve them for the length of the block, retire."""
+async def serving(
+    bus: Bus, registry: Registry, config: Config, process: str, broken: dict[str, str] | None = None
+) -> AsyncIterator[Worker]:
+    """
+    Enter the plugins, serve them for the length of the block, retire.
+
+    With `broken` given, a plugin that cannot be started is noted there with the cause, and the others are served.
+    """
     async with AsyncExitStack() as stack:
-        for name, plugin in registry.plugins.items():
+        for name in list(registry.plugins):
             try:
-                await stack.enter_async_context(plugin)
-            except AiirwkvError:
-                raise
-            except Exception as exc:
-                log.exception("plugin %s cannot be started", name, extra={"plugin": name})
-                raise PluginError(
-                    f"plugin {name!r} ({origin_of(plugin)}) cannot be started: {type(exc).__name__}: {exc}"
-                ) from exc
-        worker = Worker(bus, registry, config, process=process)
+                await _enter(stack, registry, name)
+            except PluginError as exc:
+                if broken is None:
+                    raise
+                broken[name] = str(exc)
+                registry.remove(name)
+        worker = Worker(bus, registry, config, process=process, broken=broken)
         error: Exception | None = None
         async with anyio.create_task_group() as tasks:
             await tasks.start(worker.run)
@@ -392,10 +406,27 @@ async def serving(bus: Bus, registry: Registry, config: Config, process: str) ->
             raise error
 
 
-def build(names: list[str], config: Config, data: Path, bus: Bus) -> Registry:
-    """The named plugins, with their settings and surroundings."""
+async def _enter(stack: AsyncExitStack, registry: Registry, name: str) -> None:
+    plugin = registry.plugins[name]
+    try:
+        await stack.enter_async_context(plugin)
+    except PluginError as exc:
+        raise PluginError(f"plugin {name!r} ({origin_of(plugin)}) cannot be started: {exc}") from exc
+    except Exception as exc:
+        if not isinstance(exc, AiirwkvError):
+            log.exception("plugin %s cannot be started", name, extra={"plugin": name})
+        cause = str(exc) if isinstance(exc, AiirwkvError) else f"{type(exc).__name__}: {exc}"
+        raise PluginError(f"plugin {name!r} ({origin_of(plugin)}) cannot be started: {cause}") from exc
+
+
+def build(names: list[str], config: Config, data: Path, bus: Bus, broken: dict[str, str] | None = None) -> Registry:
+    """The named plugins, with their settings and surroundings; `broken` as in `serving`."""
     registry = Registry()
     for name in names:
-        registry.add(name, load(name, config.plugins.get(name, {})).attach(data, bus))
+        try:
+            registry.add(name, load(name, config.plugins.get(name, {})).attach(data, bus))
+        except PluginError as exc:
+            if broken is None:
+                raise
+            broken[name] = str(exc)
     return registry
-

@@ -1,0 +1,112 @@
+"""What a person sees in a terminal: one progress line per running job, on a pipe plain lines."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from .types import Job
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def title(job: Job) -> str:
+    """What a job is about, in a few words."""
+    request = job.request if isinstance(job.request, dict) else {}
+    sources = request.get("sources") or []
+    name = next((source.get("name") or "pasted text" for source in sources), "") or request.get("name", "")
+    return f"{job.hook} {name}".strip()
+
+
+class JobLines:
+    """Shows jobs as they change. Use as a context manager; call `show` for every change."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._live = None
+        self._tasks: dict[str, int] = {}
+        self._said: dict[str, str] = {}
+        self._quiet = quiet
+        if sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._live = Progress(
+                TextColumn("  {task.description:<36.36}"),
+                BarColumn(24),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=Console(stderr=True),
+                transient=True,
+            )
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line above the progress lines."""
+        if self._quiet:
+            return
+        if self._live:
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def show(self, job: Job) -> None:
+        if job.over or job.state == "paused":
+            if self._live and job.id in self._tasks:
+                self._live.remove_task(self._tasks.pop(job.id))  # type: ignore[arg-type]
+            self._once(job, f"  {title(job)}: {outcome(job)}")
+        elif self._live and job.state == "running":
+            if job.id not in self._tasks:
+                self._tasks[job.id] = self._live.add_task(title(job), note="", total=None)
+            self._live.update(
+                self._tasks[job.id],  # type: ignore[arg-type]
+                completed=job.done,
+                total=job.total or None,
+                note=job.note,
+            )
+        elif not self._live:
+            share = f"{int(10 * job.done / job.total) * 10} %" if job.total else job.note
+            self._once(job, f"  {title(job)}: {job.state} {share}".rstrip())
+
+    def _once(self, job: Job, line: str) -> None:
+        if self._said.get(job.id) != line:
+            self._said[job.id] = line
+            self.say(line)
+
+
+def outcome(job: Job) -> str:
+    """What came of a job."""
+    if job.error:
+        return f"{job.state}: {job.error}"
+    documents = job.result.get("documents", []) if isinstance(job.result, dict) else []
+    if not documents:
+        return job.state
+    parts = [
+        f"{d['name']}: {d['state']}" + (f", {d['chunks']} chunks" if d.get("chunks") else "")
+        + (f" ({d['reason']})" if d.get("reason") else "")
+        for d in documents
+    ]  # fmt: skip
+    return "; ".join(parts) if len(parts) > 1 else parts[0].partition(": ")[2]
+
+
+def table(rows: list[list[str]], head: list[str]) -> str:
+    """Columns aligned by their widest cell; the last one is left as it is."""
+    lines = [[name.upper() for name in head], *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell if i == len(head) - 1 else cell.ljust(widths[i]) for i, cell in enumerate(line)).rstrip()
+        for line in lines
+    )
+
+
+__all__ = ["JobLines", "clock", "outcome", "table", "title"]
