@@ -114,7 +114,7 @@ class Bus:
                     config.url or "nats://127.0.0.1:4222",
                     name=f"aiirwkv-{name}",
                     max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.5,
+                    reconnect_time_wait=0.5,  # type: ignore[arg-type]
                     ping_interval=20,
                     allow_reconnect=True,
                     connect_timeout=5,

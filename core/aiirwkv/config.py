@@ -175,11 +175,12 @@ def _secrets(value: Any, environ: Mapping[str, str], where: str) -> Any:
 
 def data_directory(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
     """The data directory, made if need be: `path`, else AIIRWKV_DATA, else the platform's user-data folder."""
-    if path is None and not (named := environ.get("AIIRWKV_DATA")):
+    named = str(path or environ.get("AIIRWKV_DATA", ""))
+    if not named:
         from platformdirs import user_data_dir
 
-        path = Path(user_data_dir("aiirwkv", appauthor=False))
-    data = (path or Path(named)).expanduser().absolute()
+        named = user_data_dir("aiirwkv", appauthor=False)
+    data = Path(named).expanduser().absolute()
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         probe = data / f".write-{os.getpid()}"

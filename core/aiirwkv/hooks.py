@@ -10,7 +10,6 @@ import msgspec
 import pluggy
 
 from .types import (
-    Answer,
     Chat,
     ChatChunk,
     Chunk,
@@ -64,9 +63,9 @@ class Plugin(msgspec.Struct, dict=True, eq=False, kw_only=True, forbid_unknown_f
     """
 
     api: ClassVar[int] = API
-    concurrency: ClassVar[int] = 64
+    concurrent_requests: ClassVar[int] = 64
     """Requests that may be active at once, per hook; more are refused with 429."""
-    jobs: ClassVar[int] = 1
+    concurrent_jobs: ClassVar[int] = 1
     """Jobs that run at once, per hook."""
 
     def attach(self, data: Path, bus: Bus | None = None) -> Self:
@@ -83,7 +82,8 @@ class Plugin(msgspec.Struct, dict=True, eq=False, kw_only=True, forbid_unknown_f
     @property
     def bus(self) -> Bus:
         """The bus, with the rights of its owner: for a plugin's own work, not on behalf of a caller (`ctx.bus`)."""
-        assert self._bus is not None
+        if self._bus is None:
+            raise RuntimeError("the plugin was attached without a bus")
         return self._bus
 
     async def __aenter__(self) -> Self:
@@ -147,7 +147,7 @@ class Context(Protocol):
         """Whether the caller may read, write or own the thing."""
 
 
-class Hooks:
+class Hooks(Protocol):
     """Every hook takes a request and a context; an implementation may leave out the context."""
 
     @hookspec

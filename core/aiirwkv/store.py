@@ -8,7 +8,7 @@ import mimetypes
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ import anyio
 import nats.errors
 from nats.aio.client import Client
 from nats.js import api
-from nats.js.errors import APIError, BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
+from nats.js.errors import (
+    APIError,
+    BucketNotFoundError,
+    KeyNotFoundError,
+    KeyWrongLastSequenceError,
+    ObjectNotFoundError,
+)
 from nats.js.errors import NotFoundError as MissingError
-from nats.js.errors import ObjectNotFoundError
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
@@ -80,7 +85,7 @@ class Bucket:
         async def updates() -> AsyncIterator[tuple[str, bytes] | None]:
             while True:
                 try:
-                    entry: Any = await watcher.updates(timeout=60)
+                    entry: Any = await watcher.updates(timeout=60)  # type: ignore[no-untyped-call]
                 except nats.errors.TimeoutError:
                     continue
                 yield entry and (entry.key, entry.value)
@@ -89,7 +94,7 @@ class Bucket:
             yield updates()
         finally:
             with anyio.move_on_after(5, shield=True):
-                await watcher.stop()
+                await watcher.stop()  # type: ignore[no-untyped-call]
 
     async def values(self, keys: str) -> list[bytes]:
         """The values of all keys that match, oldest change first."""
@@ -125,7 +130,7 @@ class Objects:
         try:
             stream = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
         except OSError as exc:
-            raise ServiceError(f"cannot read {source}: {exc.strerror}") from None
+            raise ServiceError(f"cannot read {name or 'the source'}: {exc.strerror}") from None
         with stream, storage("object", name or id):
             reader = _Hashing(stream, digest.update)
             info = await self._store.put(id, reader, api.ObjectMeta(name=id, headers=headers))  # type: ignore[arg-type]
@@ -147,10 +152,8 @@ class Objects:
         return Object(id, name, result.info.size or 0, digest.hexdigest(), headers.get("Media-Type", ""))
 
     async def discard(self, id: str) -> None:
-        try:
+        with suppress(ObjectNotFoundError, MissingError):
             await self._store.delete(id)
-        except (ObjectNotFoundError, MissingError):
-            pass
 
 
 class _Hashing(io.RawIOBase):

@@ -54,7 +54,7 @@ class System:
 
 def locked(data: Path) -> IO[str] | None:
     """The data directory's lock, or None if somebody holds it."""
-    file = open(data / "lock", "a+")
+    file = open(data / "lock", "a+")  # noqa: SIM115 - held as long as the system runs
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -159,9 +159,7 @@ class Family:
 
 def _environment(bus: BusConfig, data: Path) -> dict[str, str]:
     fields = {name: getattr(bus, name) for name in bus.__struct_fields__ if name not in ("port", "ack_wait")}
-    env = {
-        f"AIIRWKV_BUS__{name.upper()}": json.dumps(value) for name, value in fields.items() if value is not None
-    }
+    env = {f"AIIRWKV_BUS__{name.upper()}": json.dumps(value) for name, value in fields.items() if value is not None}
     return env | {"AIIRWKV_DATA": str(data), "AIIRWKV_SUPERVISOR": str(os.getpid())}
 
 

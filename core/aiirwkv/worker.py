@@ -18,14 +18,15 @@ from anyio.abc import TaskGroup, TaskStatus
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from . import __version__
+from . import discovery
 from .bus import ERROR, ERROR_CODE, JOB, NO_RESPONDERS, SEQUENCE, TIMEOUT, USER, Bus, subject
 from .config import Config
 from .errors import AiirwkvError, BadRequest, Busy, DeadlineExceeded, PluginError, TooLarge, Unauthorized
-from .hooks import API, Action, Owned, Plugin, may
+from .hooks import Action, Owned, Plugin, may
 from .identity import OWNER, Verifier
-from .jobs import CoreJobs, JobRunner, find
+from .jobs import CoreJobs, find
 from .plugins import Registry, load, origin_of
+from .runner import JobRunner
 from .types import REQUESTS, Job, Request, StreamRequest, User, fold
 
 log = logging.getLogger(__name__)
@@ -99,20 +100,18 @@ class Worker:
         self.id: str = bus.nc._nuid.next().decode()
         self.verifier = Verifier(bus)
         self.jobs = JobRunner(self, config.bus.ack_wait)
-        self._started = datetime.now(UTC)
+        self.started = datetime.now(UTC)
         self._stopping = anyio.Event()
         self._probe = bus.nc.new_inbox()
         self._streams: dict[str, anyio.CancelScope] = {}
-        self._endpoints = [
-            self._endpoint(hook, plugin) for hook in REQUESTS for plugin in registry.providers(hook)
-        ]
+        self.endpoints = [self._endpoint(hook, plugin) for hook in REQUESTS for plugin in registry.providers(hook)]
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`: no new requests then, finish the running ones, hand jobs back, leave."""
         async with anyio.create_task_group() as pullers:
             async with anyio.create_task_group() as self.tasks:
                 control = await self._subscribe()
-                for endpoint in self._endpoints:
+                for endpoint in self.endpoints:
                     if endpoint.plugin != CORE:
                         await pullers.start(self.jobs.serve, endpoint)
                 await self.bus.nc.flush()
@@ -120,8 +119,8 @@ class Worker:
                 await self._stopping.wait()
                 # The order matters: a subscription that is drained has handed every message over, so that leaving the
                 # task group waits for all of them; only then may the connection go.
-                for sub in [*(sub for endpoint in self._endpoints for sub in endpoint.subs), *control]:
-                    await sub.drain()
+                for sub in [*(sub for endpoint in self.endpoints for sub in endpoint.subs), *control]:
+                    await sub.drain()  # type: ignore[no-untyped-call]
                 await self.jobs.retire()
                 self.tasks.cancel_scope.deadline = anyio.current_time() + GRACE
             pullers.cancel_scope.cancel()
@@ -141,13 +140,12 @@ class Worker:
     async def _subscribe(self) -> list[Subscription]:
         nc = self.bus.nc
         await nc.subscribe(f"{self._probe}.*", cb=self._on_probe)
-        for endpoint in self._endpoints:
+        for endpoint in self.endpoints:
             for name in endpoint.subjects:
                 endpoint.subs.append(await nc.subscribe(name, queue=endpoint.plugin, cb=self._receiver(endpoint)))
-        answers = {"PING": self._ping, "INFO": self._info, "STATS": self._stats}
         return [
-            await nc.subscribe(f"$SRV.{verb}{suffix}", cb=answer)
-            for verb, answer in answers.items()
+            await nc.subscribe(f"$SRV.{verb}{suffix}", cb=discovery.responder(self, answer))
+            for verb, answer in discovery.ANSWERS.items()
             for suffix in ("", ".aiirwkv", f".aiirwkv.{self.id}")
         ]
 
@@ -164,7 +162,7 @@ class Worker:
         endpoint.requests += 1
         endpoint.active += 1
         try:
-            if endpoint.active > type(endpoint.instance).concurrency:
+            if endpoint.active > type(endpoint.instance).concurrent_requests:
                 raise Busy(
                     f"{endpoint.plugin} has {endpoint.active - 1} {endpoint.hook} requests already; try again, or "
                     f"start another worker: aiirwkv worker {endpoint.plugin}"
@@ -293,68 +291,9 @@ class Worker:
 
     async def _on_probe(self, msg: Msg) -> None:
         if (msg.headers or {}).get("Status") == NO_RESPONDERS:
-            if scope := self._streams.get(msg.subject.rpartition(".")[2]):
+            scope = self._streams.get(msg.subject.rpartition(".")[2])
+            if scope:
                 scope.cancel()
-
-    # Discovery, as `nats micro ls|info|stats` asks for it
-
-    def _identity(self, kind: str) -> dict[str, Any]:
-        return {
-            "type": f"io.nats.micro.v1.{kind}_response",
-            "name": "aiirwkv",
-            "id": self.id,
-            "version": __version__,
-            "metadata": {
-                "plugins": ",".join(sorted(self.registry.plugins)),
-                "process": self.process,
-                "pid": str(os.getpid()),
-                "api": str(API),
-                "broken": msgspec.json.encode(self.broken).decode(),
-            },
-        }
-
-    async def _ping(self, msg: Msg) -> None:
-        await msg.respond(msgspec.json.encode(self._identity("ping")))
-
-    async def _info(self, msg: Msg) -> None:
-        endpoints = [
-            {
-                "name": endpoint.hook,
-                "subject": endpoint.subjects[0],
-                "queue_group": endpoint.plugin,
-                "metadata": {
-                    "plugin": endpoint.plugin,
-                    "rank": str(endpoint.rank),
-                    "distribution": origin_of(endpoint.instance),
-                    "about": msgspec.json.encode(endpoint.instance.about()).decode(),
-                },
-            }
-            for endpoint in self._endpoints
-        ]
-        description = "AIIRWKV: RAG in one click for RWKV"
-        await msg.respond(
-            msgspec.json.encode(self._identity("info") | {"description": description, "endpoints": endpoints})
-        )
-
-    async def _stats(self, msg: Msg) -> None:
-        endpoints = [
-            {
-                "name": endpoint.hook,
-                "subject": endpoint.subjects[0],
-                "queue_group": endpoint.plugin,
-                "num_requests": endpoint.requests,
-                "num_errors": endpoint.errors,
-                "last_error": endpoint.last_error,
-                "processing_time": endpoint.nanoseconds,
-                "average_processing_time": endpoint.nanoseconds // max(endpoint.requests, 1),
-                "data": {"active": endpoint.active, **endpoint.instance.stats()},
-            }
-            for endpoint in self._endpoints
-        ]
-        started = self._started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        await msg.respond(
-            msgspec.json.encode(self._identity("stats") | {"started": started, "endpoints": endpoints})
-        )
 
 
 def decode(hook: str, body: bytes) -> Request[Any]:

@@ -1,0 +1,17 @@
+"""The command line: one function per command. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+from ..errors import AiirwkvError
+from . import documents as documents
+from . import manage as manage
+from . import running as running
+from .common import cli, fail
+
+
+def main() -> None:
+    """Entry point; every error of ours becomes one line."""
+    try:
+        cli(prog_name="aiirwkv")
+    except (AiirwkvError, OSError) as exc:
+        fail(exc)

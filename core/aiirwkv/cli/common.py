@@ -1,0 +1,101 @@
+"""What every command shares: the options before it, the connection, how errors and replies are printed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import msgspec
+
+from .. import __version__
+from ..errors import AiirwkvError
+
+if TYPE_CHECKING:
+    from ..bus import Bus
+    from ..config import Config
+
+
+class State:
+    """The options that stand before the command."""
+
+    def __init__(self, config: Path | None, data: Path | None) -> None:
+        self._config, self._data = config, data
+
+    @property
+    def config(self) -> Config:
+        from ..config import load
+
+        return load(self._config)
+
+    @property
+    def data(self) -> Path:
+        from ..config import data_directory
+
+        return data_directory(self._data)
+
+
+def say(line: str) -> None:
+    """A line for the person, beside the result."""
+    click.echo(line, err=True)
+
+
+def show(reply: Any) -> None:
+    """A reply as JSON on one line."""
+    click.echo(msgspec.json.encode(reply))
+
+
+def runs(function: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A command that is a coroutine; its errors become one line and exit code 1."""
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        import anyio
+
+        logging.getLogger("nats").setLevel(logging.CRITICAL)
+        try:
+            anyio.run(lambda: function(*args, **kwargs))
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except (AiirwkvError, ExceptionGroup) as exc:
+            fail(exc)
+
+    return command
+
+
+def fail(exc: BaseException) -> NoReturn:
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    if not isinstance(exc, AiirwkvError | OSError):
+        raise exc
+    text = str(exc) if isinstance(exc, AiirwkvError) else f"{exc.filename or 'a file'}: {exc.strerror}"
+    click.echo(f"aiirwkv: {text}", err=True)
+    raise SystemExit(1)
+
+
+@asynccontextmanager
+async def connected(state: State, claim: str | None = None) -> AsyncIterator[Bus]:
+    """The bus, on behalf of the bearer of `claim`; starts the system for the call if none runs."""
+    from ..supervisor import session
+
+    async with session(state.config, state.data, claim=claim or os.environ.get("AIIRWKV_CLAIM", ""), say=say) as bus:
+        yield bus
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the bus's reply as JSON, as the last line.")
+claim = click.option("--claim", help="A signed claim to ask with (or AIIRWKV_CLAIM); without one: as the owner.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--config", type=click.Path(path_type=Path), help="The configuration [./config.toml].")
+@click.option("--data", type=click.Path(path_type=Path), help="The data directory [AIIRWKV_DATA, or the user's].")
+@click.version_option(__version__, prog_name="aiirwkv")
+@click.pass_context
+def cli(context: click.Context, config: Path | None, data: Path | None) -> None:
+    """AIIRWKV: a private system that reads your documents and answers with citations."""
+    context.obj = State(config, data)

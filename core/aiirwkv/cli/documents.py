@@ -1,0 +1,258 @@
+"""Commands about documents: index, search, ask, collections."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from ..errors import ConfigError
+from ..types import Answer, Chat, Collections, CollectionsReply, Index, Indexed, Search, Source
+from .common import State, as_json, claim, cli, connected, runs, say, show
+
+if TYPE_CHECKING:
+    from ..bus import Bus
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--collection", "-c", required=True, help="Where to put them; made if need be.")
+@claim
+@as_json
+@click.pass_obj
+@runs
+async def index(state: State, paths: tuple[Path, ...], collection: str, claim: str | None, as_json: bool) -> None:
+    """Read files and folders into a collection."""
+    import time
+
+    from ..store import ulid
+    from ..terminal import JobLines
+
+    began = time.monotonic()
+    async with connected(state, claim) as bus:
+        files = await _files(bus, paths)
+        group = ulid()
+        total = Indexed(collection)
+        failed: list[str] = []
+        with JobLines() as lines:
+            for path, name in files:
+                uploaded = await bus.put(path, name)
+                source = Source(uploaded.id, name=name, media_type=uploaded.media_type)
+                await bus.submit(Index(collection, [source]), group=group)
+            async with bus.follow(group=group) as changes:
+                async for job in changes:
+                    lines.show(job)
+                    if job.state == "done":
+                        part = msgspec.convert(job.result, Indexed)
+                        total.documents += part.documents
+                        total.chunks += part.chunks
+                    elif job.over:
+                        failed.append(job.error or job.state)
+    total.seconds = time.monotonic() - began
+    bad = [document for document in total.documents if document.state in ("failed", "needs_ocr")]
+    if not as_json:
+        ready = len(total.documents) - len(bad)
+        say(f"{ready} of {len(files)} documents ready in {collection}, {total.chunks} chunks, {total.seconds:.1f} s")
+    else:
+        show(total)
+    if bad or failed:
+        raise SystemExit(1)
+
+
+async def _files(bus: Bus, paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
+    """The files to index with their names; of folders those that a converter takes."""
+    services = await bus.services("convert")
+    taken = {suffix.lower() for service in services for suffix in service.about.get("suffixes", [])}
+    found: list[tuple[Path, str]] = []
+    for path in paths:
+        if path.is_file():
+            found.append((path, path.name))
+            continue
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        inside = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        for file in inside:
+            if file.suffix.lower() in taken:
+                found.append((file, str(Path(path.resolve().name) / file.relative_to(path))))
+            else:
+                say(f"  left out {file}: no converter takes {file.suffix or 'files without a suffix'}")
+    if not found:
+        raise ConfigError(f"nothing to index in {', '.join(map(str, paths))}")
+    return found
+
+
+@cli.command()
+@click.argument("query")
+@click.option("--collection", "-c", "collections", multiple=True, help="Where to look; several are fine [all].")
+@click.option("--top", default=5, show_default=True, help="How many passages.")
+@click.option("--mode", type=click.Choice(["hybrid", "dense", "keyword"]), default="hybrid", show_default=True)
+@claim
+@as_json
+@click.pass_obj
+@runs
+async def search(
+    state: State, query: str, collections: tuple[str, ...], top: int, mode: Any, claim: str | None, as_json: bool
+) -> None:
+    """Find passages."""
+    async with connected(state, claim) as bus:
+        hits = await bus.call(Search(query, list(collections), top, mode))
+    if as_json:
+        show(hits)
+        return
+    for number, hit in enumerate(hits.hits, 1):
+        page = f" · page {hit.page}" if hit.page else ""
+        click.secho(f"{number}. {hit.document}{page} · {hit.start}–{hit.end} · {hit.score:.3f}", bold=True)
+        click.echo(f"   {' '.join(hit.text.split())[:300]}")
+    if not hits.hits:
+        say("nothing found; see what there is with: aiirwkv collections")
+
+
+@cli.command()
+@click.argument("question")
+@click.option("--collection", "-c", "collections", multiple=True, help="Where to look; several are fine [all].")
+@click.option(
+    "--mode",
+    type=click.Choice(["sources", "first", "free"]),
+    default="sources",
+    help="sources [default]: refuse what they do not say; first: then the model's own words; free.",
+)
+@click.option("--model", help="[plugin/]name of a base model.")
+@click.option("--state", "tuned", help="A tuned state.")
+@click.option("--top", default=5, show_default=True, help="How many passages to look at.")
+@claim
+@as_json
+@click.pass_obj
+@runs
+async def ask(
+    state: State,
+    question: str,
+    collections: tuple[str, ...],
+    mode: Any,
+    model: str | None,
+    tuned: str | None,
+    top: int,
+    claim: str | None,
+    as_json: bool,
+) -> None:
+    """Ask a question about your documents."""
+    request = Chat(question, [], list(collections), mode, top, model=model, state=tuned)
+    answer: Answer | None = None
+    async with connected(state, claim) as bus, bus.stream(request) as chunks:
+        async for chunk in chunks:
+            if chunk.stage and sys.stderr.isatty() and not as_json:
+                click.echo(f"\r\x1b[2K  {chunk.stage} …", nl=False, err=True)
+            if chunk.text and not as_json:
+                if sys.stderr.isatty():
+                    click.echo("\r\x1b[2K", nl=False, err=True)
+                click.echo(chunk.text, nl=False)
+            answer = chunk.answer or answer
+    if as_json:
+        show(answer)
+        return
+    click.echo()
+    if answer:
+        for citation in answer.citations:
+            page = f", page {citation.page}" if citation.page else ""
+            place = click.style(f"[{citation.number}] {citation.document}{page}", bold=True)
+            click.echo(f"  {place} · {' '.join(citation.text.split())}")
+        if answer.demonstration:
+            say(f"  ({answer.model} is a small demonstration model; see the README for a real one)")
+
+
+@cli.group(invoke_without_command=True)
+@as_json
+@click.pass_context
+def collections(context: click.Context, as_json: bool) -> None:
+    """Manage collections; without a command: list them."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_collections, as_json=as_json)
+
+
+Printer = Callable[..., None]
+
+
+def _collections(action: Any, *arguments: Any) -> Callable[[Printer], click.Command]:
+    """A command of the `collections` hook; the decorated function prints the reply."""
+
+    def decorate(function: Printer) -> click.Command:
+        @runs
+        async def command(state: State, as_json: bool, claim: str | None = None, **fields: Any) -> None:
+            async with connected(state, claim) as bus:
+                reply = await bus.call(Collections(action, **fields), timeout=600)
+            show(reply) if as_json else function(reply, **fields)
+
+        command.__doc__ = function.__doc__
+        decorated: Any = click.pass_obj(command)
+        for argument in (*reversed(arguments), claim, as_json):
+            decorated = argument(decorated)
+        command_made: click.Command = collections.command(action, help=function.__doc__)(decorated)
+        return command_made
+
+    return decorate
+
+
+@_collections("list")
+def list_collections(reply: CollectionsReply) -> None:
+    """List the collections you may read."""
+    from ..terminal import table
+
+    rows = [[c.name, str(c.documents), str(c.chunks), c.owner, c.embedder, c.description] for c in reply.collections]
+    click.echo(table(rows, ["name", "documents", "chunks", "owner", "embedder", "description"]))
+
+
+@_collections("create", click.argument("name"), click.option("--description", default=None))
+def create_collection(reply: CollectionsReply, name: str, **_: Any) -> None:
+    """Make an empty collection."""
+    say(f"made {name}")
+
+
+@_collections("rename", click.argument("name"), click.argument("to"))
+def rename_collection(reply: CollectionsReply, name: str, to: str) -> None:
+    """Give a collection another name."""
+    say(f"{name} is now {to}")
+
+
+@_collections("documents", click.argument("name"))
+def list_documents(reply: CollectionsReply, name: str) -> None:
+    """List the documents of a collection."""
+    from ..terminal import table
+
+    rows = [[d.name, d.state, str(d.chunks), str(d.pages), d.reason] for d in reply.documents]
+    click.echo(table(rows, ["document", "state", "chunks", "pages", "reason"]))
+
+
+@_collections(
+    "delete",
+    click.argument("name"),
+    click.option("--document", default="", help="Only this document."),
+    click.confirmation_option(prompt="Delete it with all that was read into it?"),
+)
+def delete_collection(reply: CollectionsReply, name: str, document: str) -> None:
+    """Delete a collection, or one document of it."""
+    say(f"deleted {document or name}")
+
+
+@_collections(
+    "share",
+    click.argument("name"),
+    click.argument("user"),
+    click.option("--access", type=click.Choice(["read", "write"]), help="Without: take it back."),
+)
+def share_collection(reply: CollectionsReply, name: str, user: str, access: str | None) -> None:
+    """Share a collection with a user, or with role:NAME."""
+    say(f"{user} may {access} {name}" if access else f"{user} may no longer use {name}")
+
+
+@_collections("verify", click.argument("name"))
+def verify_collection(reply: CollectionsReply, name: str) -> None:
+    """Check that the vector index holds what the catalogue holds."""
+    click.echo("\n".join(reply.problems) or f"{name} is whole")
+
+
+@_collections("rebuild", click.argument("name"))
+def rebuild_collection(reply: CollectionsReply, name: str) -> None:
+    """Make the vector index again from the catalogue."""
+    say(f"rebuilt {name}")
