@@ -42,11 +42,13 @@ class Files:
     def vocabulary(self, rows: int) -> Path:
         """The vocabulary for an embedding of so many rows."""
         path = self.weights.with_name("vocab.txt")
-        if path.is_file() or rows != WORLD:
-            return path
+        return self.world() if rows == WORLD and not path.is_file() else path
+
+    @staticmethod
+    def world() -> Path:
+        """The World vocabulary, out of the `rwkv` package, which is not imported for it."""
         package = importlib.util.find_spec("rwkv")
-        if package is None or package.origin is None:
-            return path
+        assert package is not None and package.origin is not None
         return Path(package.origin).with_name("rwkv_vocab_v20230424.txt")
 
     def verify(self) -> None:
@@ -65,7 +67,7 @@ class Files:
 def known(folders: Sequence[Path]) -> dict[str, Files]:
     """The models in these folders, by name. A broken card is logged, and its model left out."""
     found: dict[str, Files] = {}
-    for card in sorted(path for folder in folders for path in folder.glob("*/card.json")):
+    for card in (path for folder in folders for path in sorted(folder.glob("*/card.json"))):
         try:
             files = Files.at(card.parent)
             found[files.card.name] = files

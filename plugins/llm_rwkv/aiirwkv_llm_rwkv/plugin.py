@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -117,7 +118,7 @@ class LlmRwkv(Plugin):
         loop = asyncio.get_running_loop()
 
         def emit(piece: Chunk | ServiceError) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         run = await asyncio.to_thread(self._prepare, request, emit)

@@ -37,13 +37,13 @@ class Sampler:
         """
         The probabilities to draw from.
 
-        Order and ties as in the `rwkv` package: softmax, top_p (the first token to reach it stays, with its equals),
-        top_k, and the temperature last; min_p (relative to the likeliest token) is our addition before it.
+        In the order of the `rwkv` package: softmax, top_p (the first token to reach it stays), top_k, and the
+        temperature last; min_p (relative to the likeliest token) is our addition before it. Equals stay together.
         """
         sampling = self.sampling
         probabilities = torch.softmax(logits, -1)
         ordered = probabilities.sort(descending=True).values
-        reached = int((ordered.cumsum(-1) < sampling.top_p).sum())
+        reached = int((ordered.cumsum(-1) < sampling.top_p).sum()) if sampling.top_p < 1 else len(ordered)
         least = ordered[min(reached, len(ordered) - 1)]
         if 0 < sampling.top_k < len(ordered):
             least = torch.maximum(least, ordered[sampling.top_k - 1])

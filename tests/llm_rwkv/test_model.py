@@ -1,0 +1,191 @@
+"""RWKV-7 is exact: against the `rwkv` package, against itself in other cuts, and in its gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiirwkv import PluginError
+from aiirwkv_llm_rwkv.checkpoint import load
+from aiirwkv_llm_rwkv.kernels.plain import wkv7, wkv7_step
+from aiirwkv_llm_rwkv.model import RWKV7, LayerState, Sizes, State
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .conftest import Reference, random_tensors
+
+CPU = torch.device("cpu")
+
+
+def model_at(path: Path) -> RWKV7:
+    return load(path, CPU, torch.float32)
+
+
+def ours(state: list[Tensor] | None) -> State | None:
+    """A state of the package as ours: three tensors a layer, without a batch."""
+    if state is None:
+        return None
+    layers = range(0, len(state), 3)
+    return tuple(LayerState(*(part.unsqueeze(0) for part in state[i : i + 3])) for i in layers)
+
+
+def furthest(a: Any, b: Any) -> float:
+    return float((a - b).detach().abs().max())
+
+
+@torch.inference_mode()
+def test_as_the_rwkv_package(reference: Reference) -> None:
+    model = model_at(reference.weights)
+    tokens = torch.tensor([reference.tokens])
+    for start, expected in zip(reference.states, reference.results, strict=True):
+        logits, state = model(tokens, ours(start))
+        assert furthest(logits[0], expected["logits"]) <= 1e-4
+        for mine, theirs in zip(state, ours(expected["state"]) or (), strict=True):
+            assert furthest(mine.wkv, theirs.wkv) <= 1e-5 * float(theirs.wkv.abs().max())
+            assert furthest(mine.att, theirs.att) <= 1e-4
+            assert furthest(mine.ffn, theirs.ffn) <= 1e-4
+        text: list[int] = []
+        for _ in expected["text"]:
+            text.append(int(logits[0, -1].argmax()))
+            logits, state = model(torch.tensor([text[-1:]]), state)
+        assert text == expected["text"]
+
+
+@torch.inference_mode()
+def test_however_it_is_cut(reference: Reference) -> None:
+    model = model_at(reference.weights)
+    tokens = torch.tensor([reference.tokens[:200]])
+    start = ours(reference.states[1])
+    kept = [part.clone() for layer in start or () for part in layer]
+    whole, _ = model(tokens, start)
+    for cuts in ([1] * 200, [7, 16, 1, 100, 76]):
+        state, logits = start, []
+        for piece in torch.split(tokens, cuts, 1):
+            part, state = model(piece, state)
+            logits.append(part)
+        assert furthest(torch.cat(logits, 1), whole) <= 1e-4
+    assert furthest(model(tokens, start, last=True)[0], whole[:, -1:]) <= 1e-4
+    unchanged = [part for layer in start or () for part in layer]
+    assert all(torch.equal(a, b) for a, b in zip(kept, unchanged, strict=True)), "a state is a value"
+
+
+@torch.inference_mode()
+def test_rows_of_a_batch_do_not_mix(tiny: Path) -> None:
+    model = model_at(tiny)
+    tokens = torch.randint(1, 1024, (3, 50), generator=torch.Generator().manual_seed(3))
+    together, _ = model(tokens)
+    alone = torch.cat([model(row.unsqueeze(0))[0] for row in tokens])
+    assert furthest(together, alone) <= 1e-4
+
+
+@torch.inference_mode()
+def test_a_tuned_state_in_the_checkpoint_is_the_initial_state(reference: Reference, tmp_path: Path) -> None:
+    plain = model_at(reference.weights)
+    state = ours(reference.states[1])
+    assert state is not None
+    tuned = {f"blocks.{i}.att.time_state": layer.wkv[0].clone() for i, layer in enumerate(state)}
+    save_file({**plain.state_dict(), **tuned}, tmp_path / "tuned.safetensors")
+    tokens = torch.tensor([reference.tokens[:64]])
+    zeros = plain.initial_state()
+    given = tuple(LayerState(zero.att, layer.wkv, zero.ffn) for zero, layer in zip(zeros, state, strict=True))
+    mine, _ = model_at(tmp_path / "tuned.safetensors")(tokens)
+    assert furthest(mine, plain(tokens, given)[0]) <= 1e-5
+    assert furthest(mine, plain(tokens)[0]) > 0.1
+
+
+@pytest.mark.parametrize("chunk", [8, 16, 32])
+def test_gradients_of_the_chunks_are_those_of_the_steps(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(chunk)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    B, T, H, N = 2, 53, 2, 16
+    kappa = torch.nn.functional.normalize(normal(B, T, H, N), dim=-1)
+    log_w = -0.606531 * torch.sigmoid(3 * normal(B, T, H, N))
+    removal = kappa * torch.sigmoid(normal(B, T, H, N))
+    leaves = [normal(B, T, H, N), log_w, 0.3 * normal(B, T, H, N), normal(B, T, H, N), -kappa, removal]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, normal(B, H, N, N))]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    state, steps = exact[6], []
+    for t in range(T):
+        y, state = wkv7_step(*(leaf[:, t] for leaf in exact[:6]), state)  # type: ignore[call-arg]
+        steps.append(y)
+    expected = torch.stack(steps, 1)
+    got, end = wkv7(*leaves, chunk=chunk)  # type: ignore[arg-type, misc]
+    assert furthest(got, expected) <= 1e-4 and furthest(end, state) <= 1e-4
+
+    weight, end_weight = normal(B, T, H, N), normal(B, H, N, N)
+    mine = torch.autograd.grad((got * weight).sum() + (end * end_weight).sum(), leaves)
+    theirs = torch.autograd.grad((expected * weight).sum() + (state * end_weight).sum(), exact)
+    for a, b in zip(mine, theirs, strict=True):
+        assert furthest(a, b) <= 1e-4 * max(1.0, float(b.abs().max()))
+
+
+def test_a_time_state_can_learn(tiny: Path) -> None:
+    model = model_at(tiny)
+    states = model.add_time_state()
+    optimiser = torch.optim.Adam(states, lr=0.3)
+    tokens = torch.randint(1, 1024, (1, 24), generator=torch.Generator().manual_seed(5))
+    losses = []
+    for _ in range(6):
+        logits, _ = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:])
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.5
+    assert model.head.weight.grad is None
+
+
+def test_every_size_is_read(tiny: Path) -> None:
+    sizes = model_at(tiny).sizes
+    expected = Sizes(
+        vocabulary=1024, layers=3, width=128, heads=2, hidden=512, rank_w=32, rank_a=24, rank_v=16, rank_g=48
+    )
+    assert sizes == expected
+
+
+def test_values_of_layer_0_that_official_files_hold_are_ignored(tmp_path: Path, tiny: Path) -> None:
+    names = {f"blocks.0.att.v{i}" for i in range(3)}
+    tensors = random_tensors()
+    assert names <= tensors.keys()
+    without = {name: tensor for name, tensor in tensors.items() if name not in names}
+    save_file(without, tmp_path / "m.safetensors")
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model_at(tiny)(tokens)[0], model_at(tmp_path / "m.safetensors")(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"head.weight": None}, "the tensor head.weight is missing"),
+        (
+            {"blocks.1.att.w2": torch.zeros(31, 128)},
+            r"the tensor blocks.1.att.w2 has shape \(31, 128\), not \(32, 128\)",
+        ),
+        ({"blocks.1.att.extra": torch.zeros(1)}, "the tensor blocks.1.att.extra does not belong to RWKV-7"),
+        ({"blocks.0.att.r_k": None}, "the tensor blocks.0.att.r_k is missing"),
+        ({"blocks.0.att.r_k": None, "blocks.0.att.time_maa_x": torch.zeros(1)}, "an RWKV of version 4 to 6"),
+        ({"emb.weight": torch.zeros(4)}, "a tensor has a wrong number of dimensions"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_fault(change: dict[str, Tensor | None], complaint: str, tmp_path: Path) -> None:
+    changed = {**random_tensors(), **change}
+    path = tmp_path / "wrong.safetensors"
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+    with pytest.raises(PluginError, match=f"wrong.safetensors cannot be loaded: .*{complaint}"):
+        model_at(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04 a zip"])
+def test_a_foreign_or_truncated_file(content: bytes, tmp_path: Path, tiny: Path) -> None:
+    for broken in (content, tiny.read_bytes()[:100_000]):
+        path = tmp_path / "broken.safetensors"
+        path.write_bytes(broken)
+        with pytest.raises(PluginError, match=r"broken\.safetensors cannot be loaded"):
+            model_at(path)
