@@ -1,0 +1,120 @@
+"""
+Reading for a demonstration model: one sentence at a time, its answer checked against the words it read.
+
+Such a model copies short answers out of short texts, and may copy the wrong ones or break off. Its answer counts only
+when it stands in the sentence and is of the kind that the question expects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from .evidence import Evidence
+from .expect import closed, offers
+from .words import alike, content
+
+__all__ = ["Reading", "quote", "read", "standing"]
+
+Ask = Callable[[str], Awaitable[str]]
+"""Give the model a text to read, and get what it answers."""
+
+_COMMA = re.compile(r",\s+")
+_CLAUSE = re.compile(r"\s*(?:;|,?\s+(?:and|but|while|whereas)\b|[.!?](?=\s+[A-Z]))\s+")
+_ANSWER = re.compile(r"^.*[?？]\s*")
+_PADDING = re.compile(
+    r"\W*(?:(?:the|an?|in|on|at|to|by|from|for|of|is|are|it|they|their|his|her|its|our)\s+)+$", re.IGNORECASE
+)
+_ABBREVIATION = re.compile(r"(?:\b\w\.\w|\b(?:Prof|Dr|Mr|Mrs|Ms|St))\.$")
+_NAME = r"(?!(?:The|An?|In|On|At|By|To|For|From|Our|His|Her|Its|When|Call|Ask)\b)[A-Z][\w'’-]*\.?"
+_FIGURE = r"(?:\d[\d.:]*\w*|[Nn]oon|[Mm]idnight|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?)"
+_RANGE = r"(?:\s*[–-]\s*|\s+(?:and|or|to|until|till|by)\s+)"
+_LEFT = re.compile(rf"(?:{_NAME}\s+|{_NAME}\s+(?:and|or)\s+|{_FIGURE}{_RANGE})$")
+_RIGHT = re.compile(rf"(?:\s+{_NAME}|\s+(?:and|or)\s+{_NAME}|{_RANGE}{_FIGURE})")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came of reading: `answer` as it stands in the evidence, "" when the model gave none that does."""
+
+    evidence: Evidence
+    said: str
+    answer: str
+
+    @property
+    def strength(self) -> float:
+        return self.evidence.strength(bool(self.answer))
+
+
+async def read(question: str, evidence: Sequence[Evidence], ask: Ask, refusal: str) -> Reading:
+    """Read the best sentence: the part of it that fits the question, then, if that gives no answer, the whole."""
+    best = evidence[0]
+    text = best.reading
+    said = ""
+    part = clause(question, text)
+    for given in dict.fromkeys((part, text)):
+        said = await ask(given.rstrip(" .;:,") + ".")
+        answer = standing(said, text, question, refusal)
+        if answer and (given == part or answer.lower() in part.lower()):
+            return Reading(best, said, answer)
+    return Reading(best, said, "")
+
+
+def clause(question: str, text: str) -> str:
+    """
+    The part of a sentence of several clauses that answers the question, or the whole.
+
+    A later clause leaves out what the earlier ones said, so its words count together with theirs.
+    """
+    text = _ANSWER.sub("", text) or text
+    words = set(content(question))
+    for pattern in (_COMMA, _CLAUSE):
+        parts = [part for part in pattern.split(text) if len(part.split()) > 2 and offers(question, part) is not False]
+        if len(parts) > 1:
+            known: set[str] = set()
+            shared = []
+            for part in parts:
+                known |= {word for word in words for other in content(part) if word == other or alike(word, other)}
+                shared.append(len(known))
+            best = parts[shared.index(max(shared))]
+            text = best[:1].upper() + best[1:]
+    return text
+
+
+def standing(said: str, text: str, question: str, refusal: str = "") -> str:
+    """The model's answer as it stands in the text, completed to whole words, names and ranges; "" when it does not."""
+    bare = said.strip().strip(".,;:!? \"'“”")
+    if not bare or (refusal and refusal.strip(".").lower() in said.lower()):
+        return ""
+    found = re.search(r"\s+".join(map(re.escape, bare.split())), text, re.IGNORECASE)
+    if not found:
+        return ""
+    start, end = _complete(text, *found.span())
+    answer = text[start:end]
+    before = re.search(r"(?:\S+\s+){0,2}$", text[:start])
+    after = re.match(r"(?:\s*\S+){0,2}", text[end:])
+    window = f"{before[0] if before else ''}{answer}{after[0] if after else ''}"
+    unfit = closed(question) or offers(question, window) is False or _PADDING.fullmatch(answer + " ")
+    return "" if unfit else answer
+
+
+def _complete(text: str, start: int, end: int) -> tuple[int, int]:
+    """Widen a span to whole words, then to the whole of a name, a range, or a pair."""
+    while start and text[start - 1].isalnum() and text[start].isalnum():
+        start -= 1
+    end += len(re.match(r"[^\s,;:!?()\"“”]*", text[end:])[0])  # type: ignore[index]
+    if text[start].isupper() or text[start].isdigit():
+        while left := _LEFT.search(text[:start]):
+            start = left.start()
+        while right := _RIGHT.match(text[end:]):
+            end += right.end()
+    if not _ABBREVIATION.search(text[start:end]):
+        end = start + len(text[start:end].rstrip("."))
+    return start, end
+
+
+def quote(evidence: Evidence) -> str:
+    """The sentence as it is quoted: of a question with its answer, the answer."""
+    text = evidence.sentence.plain
+    return _ANSWER.sub("", text) or text
