@@ -232,10 +232,18 @@ async def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     await complains("vocab.txt cannot be used", model=str(folder))
 
 
-def test_heavy_imports_wait_for_entry() -> None:
-    program = "import sys, aiirwkv_llm_rwkv; print({'torch', 'numpy', 'safetensors', 'rwkv'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
+def test_heavy_imports_wait_for_entry_and_the_heaviest_never_come(tmp_path: Path) -> None:
+    program = """
+import asyncio, pathlib, sys
+from aiirwkv_llm_rwkv import LlmRwkv
+assert not {"torch", "numpy", "safetensors", "rwkv"} & set(sys.modules)
+async def enter():
+    async with LlmRwkv().attach(pathlib.Path(sys.argv[1])):
+        assert not {"torch._dynamo", "sympy", "rwkv"} & set(sys.modules)
+asyncio.run(enter())
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _first() -> tuple[str, str]:

@@ -11,10 +11,12 @@ from aiirwkv import PluginError
 from aiirwkv_llm_rwkv.checkpoint import load
 from aiirwkv_llm_rwkv.kernels.plain import wkv7, wkv7_step
 from aiirwkv_llm_rwkv.model import RWKV7, LayerState, Sizes, State
+from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .conftest import Reference, random_tensors
+from .conftest import NANO, Reference, random_tensors
+from .questions import READING
 
 CPU = torch.device("cpu")
 
@@ -78,6 +80,20 @@ def test_rows_of_a_batch_do_not_mix(tiny: Path) -> None:
     together, _ = model(tokens)
     alone = torch.cat([model(row.unsqueeze(0))[0] for row in tokens])
     assert furthest(together, alone) <= 1e-4
+
+
+@torch.inference_mode()
+def test_bfloat16_says_nearly_the_same() -> None:
+    tokens = Tokenizer.load(NANO / "vocab.txt").encode("User: " + READING[0][0])
+    exact, _ = model_at(NANO / "model.safetensors")(torch.tensor([tokens]))
+    half = load(NANO / "model.safetensors", CPU, torch.bfloat16)
+    state, logits = half.initial_state(), []
+    for piece in torch.split(torch.tensor([tokens]), [len(tokens) - 2, 1, 1], 1):
+        part, state = half(piece, state)
+        logits.append(part)
+    near = torch.cat(logits, 1)
+    assert near.dtype == torch.bfloat16 and state[0].wkv.dtype == torch.float32
+    assert float((near - exact).abs().mean()) < 0.1 < float(exact.std())
 
 
 @torch.inference_mode()

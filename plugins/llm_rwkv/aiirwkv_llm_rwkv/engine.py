@@ -141,7 +141,7 @@ class Engine:
             return run.tell("", "stop")
         run.written += 1
         self.tokens_written += 1
-        if run.logprobs:
+        if run.logprobs:  # the model's own opinion, before penalties and temperature
             run._logprobs.append(float(torch.log_softmax(run.logits, -1)[token]))
         text = run.output.add(self.tokenizer.tokens.get(token, b""))
         if run.output.stopped:

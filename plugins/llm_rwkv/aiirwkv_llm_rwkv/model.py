@@ -83,6 +83,23 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape))
 
 
+class Linear(nn.Linear):
+    """Without a bias; zero at first, since random numbers that a checkpoint replaces cost seconds at loading."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class Embedding(nn.Embedding):
+    """Zero at first, too."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 def _shift(x: Tensor, last: Tensor) -> Tensor:
     """Each token's predecessor; `last` [B, D] precedes the first. x [B, T, D]."""
     return torch.cat([last.unsqueeze(1), x[:, :-1]], 1)
@@ -103,10 +120,10 @@ class TimeMix(nn.Module):
             self.v0, self.v1, self.v2 = _parameter(1, 1, D), _parameter(D, sizes.rank_v), _parameter(sizes.rank_v, D)
         self.g1, self.g2 = _parameter(D, sizes.rank_g), _parameter(sizes.rank_g, D)
         self.k_k, self.k_a, self.r_k = _parameter(1, 1, D), _parameter(1, 1, D), _parameter(H, N)
-        self.receptance = nn.Linear(D, D, bias=False)
-        self.key = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(D, D, bias=False)
-        self.output = nn.Linear(D, D, bias=False)
+        self.receptance = Linear(D, D)
+        self.key = Linear(D, D)
+        self.value = Linear(D, D)
+        self.output = Linear(D, D)
         self.ln_x = nn.GroupNorm(H, D, eps=64e-5)
         self.time_state: nn.Parameter | None
         self.register_parameter("time_state", None)
@@ -148,8 +165,8 @@ class ChannelMix(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.x_k = _parameter(1, 1, sizes.width)
-        self.key = nn.Linear(sizes.width, sizes.hidden, bias=False)
-        self.value = nn.Linear(sizes.hidden, sizes.width, bias=False)
+        self.key = Linear(sizes.width, sizes.hidden)
+        self.value = Linear(sizes.hidden, sizes.width)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         hidden: Tensor = self.key(torch.addcmul(x, _shift(x, last) - x, self.x_k))
@@ -183,10 +200,10 @@ class RWKV7(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.emb = nn.Embedding(sizes.vocabulary, sizes.width)
+        self.emb = Embedding(sizes.vocabulary, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.layers))
         self.ln_out = nn.LayerNorm(sizes.width)
-        self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+        self.head = Linear(sizes.width, sizes.vocabulary)
 
     @property
     def layers(self) -> list[Block]:
