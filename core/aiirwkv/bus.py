@@ -40,6 +40,8 @@ JOBS_STREAM = "AIIRWKV_JOBS"
 JOBS_BUCKET = "aiirwkv_jobs"
 OBJECTS_BUCKET = "aiirwkv_objects"
 DAY = 86400.0
+CONNECT = 4.0
+"""Seconds that the first connection may take."""
 DISCOVERY_PATIENCE = 2.0
 
 
@@ -79,10 +81,6 @@ class _Client(Client):
             await super().flush(timeout)
 
 
-async def _on_error(exc: Exception) -> None:
-    log.warning("bus: %s", exc or type(exc).__name__)
-
-
 class Bus:
     """
     A connection to NATS that speaks requests and replies.
@@ -108,8 +106,15 @@ class Bus:
         if isinstance(config, str):
             config = BusConfig(url=config)
         nc = _Client()
+        complaints: list[str] = []
+
+        async def on_error(exc: Exception) -> None:
+            complaints.append(str(exc) or type(exc).__name__)
+            if nc.is_connected:
+                log.warning("bus: %s", complaints[-1])
+
         try:
-            with anyio.fail_after(10):
+            with anyio.fail_after(CONNECT):
                 await nc.connect(
                     config.url or "nats://127.0.0.1:4222",
                     name=f"aiirwkv-{name}",
@@ -118,15 +123,15 @@ class Bus:
                     ping_interval=20,
                     allow_reconnect=True,
                     connect_timeout=5,
-                    error_cb=_on_error,
+                    error_cb=on_error,
                     **_security(config),
                 )
         except (OSError, nats.errors.Error, TimeoutError) as exc:
             with anyio.move_on_after(1, shield=True):
                 await nc.close()
             raise ServerError(
-                f"cannot reach the bus at {address(config)}: {str(exc) or type(exc).__name__}; is it running, and are "
-                "[bus] url and credentials right?"
+                f"cannot reach the bus at {address(config)}: {(complaints or [str(exc)])[-1] or 'no answer'}; is it "
+                "running, and are [bus] url and credentials right?"
             ) from None
         try:
             bus = cls(nc)

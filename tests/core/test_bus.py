@@ -4,7 +4,6 @@ from pathlib import Path
 
 import anyio
 import pytest
-
 from aiirwkv import BadRequest, Bus, DeadlineExceeded, Embed, Generate, NoWorker, Rerank, TooLarge, Tune
 from aiirwkv.testing import Fake, running
 
@@ -69,7 +68,9 @@ async def test_bad_requests_name_the_fault(bus: Bus) -> None:
         (b"\xff\xfe", "embed: JSON is malformed"),
     ]:
         msg = await bus.nc.request("aiirwkv.embed", body)
-        assert msg.headers["Nats-Service-Error"].startswith(complaint) and msg.headers["Nats-Service-Error-Code"] == "400"
+        assert (
+            msg.headers["Nats-Service-Error"].startswith(complaint) and msg.headers["Nats-Service-Error-Code"] == "400"
+        )
     msg = await bus.nc.request("aiirwkv.embed", b'{"texts":[]}', headers={"Aiirwkv-Timeout": "soon"})
     assert "takes seconds" in msg.headers["Nats-Service-Error"]
     msg = await bus.nc.request("aiirwkv.embed", b'{"texts":[]}', headers={"Aiirwkv-Timeout": "-1"})

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import anyio
 import pytest
-
 from aiirwkv import AiirwkvError, Bus, Embed, Generate
 from aiirwkv.config import Config, Use
 from aiirwkv.plugins import Registry

@@ -6,13 +6,25 @@ from pathlib import Path
 import anyio
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from aiirwkv import Bus, Context, Embed, Embeddings, Index, Indexed, Jobs, NotFound, Plugin, Unauthorized, User, hookimpl
+from aiirwkv import (
+    Bus,
+    Context,
+    Embed,
+    Embeddings,
+    Index,
+    Indexed,
+    Jobs,
+    NotFound,
+    Plugin,
+    Unauthorized,
+    User,
+    hookimpl,
+)
 from aiirwkv.config import Config, Use
 from aiirwkv.hooks import may
 from aiirwkv.identity import mint, publish_key
 from aiirwkv.testing import running
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 KEY = Ed25519PrivateKey.generate()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import anyio
 import msgspec
 import pytest
-
 from aiirwkv import (
     BadRequest,
     Bus,

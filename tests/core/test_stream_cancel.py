@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import anyio
-
 from aiirwkv.testing import Fake, running
 
 READER = """
