@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -136,7 +136,7 @@ class LlmRwkv(Plugin):
         finally:
             run.cancel()
 
-    def _prepare(self, request: Generate, emit: Any) -> Run:
+    def _prepare(self, request: Generate, emit: Callable[[Chunk | ServiceError], None]) -> Run:
         """The request in tokens, with everything it left out taken from the model's card."""
         from .engine import Run
         from .output import Output
