@@ -137,7 +137,7 @@ class TimeMix(nn.Module):
         r = self.receptance(torch.addcmul(x, change, self.x_r))
         k = self.key(torch.addcmul(x, change, self.x_k))
         x_v = torch.addcmul(x, change, self.x_v)
-        v = self.value(x_v)
+        v: Tensor = self.value(x_v)
         log_w = self.w0 + torch.tanh(torch.addcmul(x, change, self.x_w) @ self.w1) @ self.w2
         log_w = -0.606531 * torch.sigmoid(log_w.float())  # e^(-1/2), so that w is between exp(-e^(-1/2)) and 1
         a = torch.sigmoid(self.a0 + torch.addcmul(x, change, self.x_a) @ self.a1 @ self.a2)
@@ -187,11 +187,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState, first_value: Tensor | None) -> tuple[Tensor, LayerState, Tensor]:
         att = self.ln1(x)
-        y, wkv, first_value = self.att(att, state.att, state.wkv, first_value)
+        values: Tensor
+        y, wkv, values = self.att(att, state.att, state.wkv, first_value)
         x = x + y
         ffn = self.ln2(x)
         x = x + self.ffn(ffn, state.ffn)
-        return x, LayerState(att[:, -1], wkv, ffn[:, -1]), first_value
+        return x, LayerState(att[:, -1], wkv, ffn[:, -1]), values
 
 
 class RWKV7(nn.Module):
