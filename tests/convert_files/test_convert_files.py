@@ -119,7 +119,8 @@ async def test_pdf_pages_and_outline_are_found_again(read: Read) -> None:
     reply = await read(data, "guide.pdf")
     assert reply.pages == 3 and reply.title == "A guide" and not reply.warnings
     assert places(reply, "page") == [(1, "First page\nHours: nine to five"), (2, ""), (3, "Third\nPrices")]
-    assert [(title, text[:6]) for title, text in places(reply, "heading")][0] == ("Hours", "Hours:")
+    headings = [(title, text[:6]) for title, text in places(reply, "heading")]
+    assert headings == [("Hours", "Hours:"), ("x", "\n\nThir"), ("Prices", "Prices")]
 
 
 async def test_scanned_pages_are_counted(read: Read) -> None:
@@ -287,9 +288,13 @@ async def test_a_bad_file_gives_a_reason(read: Read, name: str, data: bytes, rea
 
 
 async def test_a_pdf_without_pages(read: Read) -> None:
-    data = b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[]/Count 0>>endobj\n"
-    data += b"trailer<</Root 1 0 R>>\n%%EOF"
-    with pytest.raises(BadRequest, match="no pages|damaged"):
+    data = (
+        b"%PDF-1.4\n1 0 obj\n<</Type/Catalog/Pages 2 0 R>>\nendobj\n2 0 obj\n<</Type/Pages/Kids[]/Count 0>>\nendobj\n"
+    )
+    starts = (0, data.index(b"1 0 obj"), data.index(b"2 0 obj"))
+    table = b"".join(b"%010d %05d %c \n" % (start, 0 if start else 65535, b"n" if start else b"f") for start in starts)
+    data += b"xref\n0 3\n" + table + b"trailer\n<</Size 3/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % len(data)
+    with pytest.raises(BadRequest, match="the PDF has no pages"):
         await read(data, "none.pdf")
 
 
@@ -310,7 +315,7 @@ async def test_too_many_parts(read: Read) -> None:
 async def test_an_entity_bomb_is_harmless(read: Read) -> None:
     entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     xml = f'<?xml version="1.0"?><!DOCTYPE d [<!ENTITY e0 "lol">{entities}]><w:document>&e11;</w:document>'
-    with pytest.raises(BadRequest, match="cannot read lol.docx"):
+    with pytest.raises(BadRequest, match=r"cannot read lol\.docx"):
         await read(repacked(WORDS, {"word/document.xml": xml.encode()}), "lol.docx")
 
 
@@ -333,7 +338,7 @@ async def test_too_much_time_is_said_and_the_child_ends(tmp_path: Path) -> None:
     async with running({"convert_files": ConvertFiles(seconds=1)}, tmp_path) as bus:
         stored = await bus.put(repacked(slow, {"word/document.xml": document}), "slow.docx")
         start = time.perf_counter()
-        with pytest.raises(BadRequest, match="longer than 1 seconds|needs more"):
+        with pytest.raises(BadRequest, match="longer than 1 seconds"):
             await bus.call(Convert(stored.id))
         assert time.perf_counter() - start < 4
 

@@ -20,10 +20,10 @@ def read_pdf(path: Path, name: str, out: Output) -> None:
     except pypdfium2.PdfiumError as error:
         if "password" in str(error).lower():
             raise Unreadable("the PDF is password-protected; save it without a password") from error
+        if "Success" in str(error):  # how PDFium says that it found nothing to show
+            raise Unreadable("the PDF has no pages") from error
         raise Unreadable(f"damaged: the PDF is cut off or broken ({error})") from error
     with pdf:
-        if not len(pdf):
-            raise Unreadable("the PDF has no pages")
         out.title = pdf.get_metadata_value("Title").strip("\0 ")
         scanned = broken = 0
         for number in range(len(pdf)):
