@@ -104,8 +104,8 @@ async def test_many_at_once_get_what_each_gets_alone(models: Path, tmp_path: Pat
 async def test_scores_are_those_of_flagembedding(models: Path, tmp_path: Path) -> None:
     from FlagEmbedding import FlagReranker
 
-    # FlagEmbedding turns tokens back into text on the way, so an unknown character would not be the same to both
-    texts = [text.lower() for text in TEXTS]
+    # FlagEmbedding turns tokens back into text on the way, which changes unknown characters and drops an empty text
+    texts = [text.lower() for text in TEXTS if text]
     pairs = [("when does the museum open", text) for text in texts]
     theirs = FlagReranker(str(models / "reranker"), use_fp16=False, devices="cpu").compute_score(pairs)
     plugin = EmbedBge(model=str(models / "m3"), reranker=str(models / "reranker"), batch=2)
