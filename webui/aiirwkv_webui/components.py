@@ -89,8 +89,10 @@ def count(number: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     """Rounded to what matters: 40 ms, 1.4 s, 2 min."""
+    if seconds < 0.0005:
+        return "< 1 ms"
     if seconds < 1:
-        return f"{max(seconds, 0) * 1000:.0f} ms"
+        return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
 
 

@@ -95,12 +95,12 @@ class TurnView:
         with tag("ul", classes="sources", aria_label="Sources"):
             for citation in answer.citations:
                 with tag("li"):
-                    origin = tag("button", classes="origin", type="button", title=citation.text)
+                    origin = tag("button", classes="origin", type="button")
                     with origin:
                         tag("span", str(citation.number), "cite")
-                        tag("span", citation.document, "name")
-                        if citation.page:
-                            tag("span", f"p {citation.page}", "hint number")
+                        tag("span", citation.text, "quote")
+                        page = f" · p {citation.page}" if citation.page else ""
+                        tag("span", citation.document + page, "hint name number", title=citation.document)
                     origin.on("click", lambda citation=citation: self._on_cite(citation), args=[])
 
     def _show_stages(self) -> None:

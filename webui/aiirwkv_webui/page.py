@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiirwkv.bus import Bus
     from aiirwkv.config import Web
 
-SAMPLE_QUESTIONS = ["When is breakfast served?", "What is the Wi-Fi password?", "Who is the manager?"]
+SAMPLE_QUESTIONS = ["When does breakfast start?", "What is the Wi-Fi password?", "How much does a bicycle cost?"]
 HEAD = (
     '<link rel="stylesheet" href="/static/tokens.css"><link rel="stylesheet" href="/static/app.css">'
     '<script src="/static/app.js"></script>'

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
 import uvicorn
 from aiirwkv import ServerError
 
@@ -53,8 +54,8 @@ async def run(bus: Bus, web: Web, data: Path) -> None:
         await asyncio.shield(serving)
     finally:
         server.should_exit = True
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([serving], timeout=2 * CLOSING)
         listener.close()
 
 
