@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from .config import BusConfig
 from .errors import ServerError
@@ -35,8 +36,9 @@ def binary() -> str:
 
 
 @asynccontextmanager
-async def embedded(store: Path, port: int = -1) -> AsyncIterator[BusConfig]:
-    """Run nats-server for as long as the block lasts; -1 picks a free port."""
+async def embedded(store: Path, config: BusConfig | None = None) -> AsyncIterator[BusConfig]:
+    """Run nats-server for as long as the block lasts; yields where it is, with the other settings of `config`."""
+    config = config or BusConfig()
     program = binary()
     store.mkdir(parents=True, exist_ok=True, mode=0o700)
     _end_orphan(store)
@@ -46,7 +48,7 @@ async def embedded(store: Path, port: int = -1) -> AsyncIterator[BusConfig]:
         conf = Path(folder) / "nats.conf"
         conf.touch(mode=0o600)
         conf.write_text(
-            f"host: 127.0.0.1\nport: {port}\nports_file_dir: {json.dumps(folder)}\n"
+            f"host: 127.0.0.1\nport: {config.port}\nports_file_dir: {json.dumps(folder)}\n"
             f"jetstream {{ store_dir: {json.dumps(str(store))} }}\n"
             f"authorization {{ user: {USER}, password: {json.dumps(password)} }}\n",
             encoding="utf-8",
@@ -58,12 +60,12 @@ async def embedded(store: Path, port: int = -1) -> AsyncIterator[BusConfig]:
             with anyio.move_on_after(10) as waiting:
                 while not (found := [path for path in Path(folder).glob("*.ports") if path.stat().st_size]):
                     if process.returncode is not None:
-                        raise ServerError(_why(log, offset, port))
+                        raise ServerError(_why(log, offset, config.port))
                     await anyio.sleep(0.01)
             if waiting.cancelled_caught:
                 raise ServerError(f"nats-server was not ready after 10 s; see {log}")
             url = json.loads(found[0].read_text())["nats"][0]
-            yield BusConfig(url=url, user=USER, password=password)
+            yield msgspec.structs.replace(config, url=url, user=USER, password=password)
         finally:
             await end(process)
             (store / "pid").unlink(missing_ok=True)

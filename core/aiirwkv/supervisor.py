@@ -46,7 +46,7 @@ class System:
     """What runs: where the bus is, where the page is, and which plugins could not be started."""
 
     bus: BusConfig
-    data: Path
+    data: str
     web: str = ""
     pid: int = field(default_factory=os.getpid)
     broken: dict[str, str] = field(default_factory=dict)
@@ -94,10 +94,10 @@ async def system(config: Config, data: Path, *, web: bool = True, say: Say = log
         async with AsyncExitStack() as stack:
             bus_config = config.bus
             if not config.bus.url:
-                bus_config = await stack.enter_async_context(embedded(data / "nats", config.bus.port))
+                bus_config = await stack.enter_async_context(embedded(data / "nats", config.bus))
             bus = await stack.enter_async_context(Bus.connect(bus_config, "up"))
-            found = System(bus_config, data, f"http://{config.web.host}:{config.web.port}" if web else "")
-            family = Family(_environment(bus_config, data), data / "logs", say)
+            found = System(bus_config, str(data), f"http://{config.web.host}:{config.web.port}" if web else "")
+            family = Family(_environment(bus_config, config.web, data), data / "logs", say)
             await stack.enter_async_context(family)
             for name, plugins in config.workers.items():
                 family.start(name, ["worker", "--supervised", "--process", name, *plugins])
@@ -157,10 +157,14 @@ class Family:
             await asyncio.sleep(delay)
 
 
-def _environment(bus: BusConfig, data: Path) -> dict[str, str]:
-    fields = {name: getattr(bus, name) for name in bus.__struct_fields__ if name not in ("port", "ack_wait")}
-    env = {f"AIIRWKV_BUS__{name.upper()}": json.dumps(value) for name, value in fields.items() if value is not None}
-    return env | {"AIIRWKV_DATA": str(data), "AIIRWKV_SUPERVISOR": str(os.getpid())}
+def _environment(bus: BusConfig, web: Web, data: Path) -> dict[str, str]:
+    """What the children need to know beyond config.toml."""
+    env = {"AIIRWKV_DATA": str(data), "AIIRWKV_SUPERVISOR": str(os.getpid())}
+    for table, settings in {"BUS": bus, "WEB": web}.items():
+        for key in settings.__struct_fields__:
+            if (value := getattr(settings, key)) is not None:
+                env[f"AIIRWKV_{table}__{key.upper()}"] = json.dumps(value)
+    return env
 
 
 async def _ready(bus: Bus, family: Family, config: Config, found: System, web: bool) -> None:
@@ -177,7 +181,7 @@ async def _ready(bus: Bus, family: Family, config: Config, found: System, web: b
     late = sorted(missing) or ["web"]
     raise ServerError(
         f"{', '.join(late)} was not ready after {READY:g} s: {family.last_words(late[0])}; see "
-        f"{found.data / 'logs' / late[0]}.log"
+        f"{found.data}/logs/{late[0]}.log"
     )
 
 
@@ -217,7 +221,7 @@ def _publish(found: System) -> None:
         "up.json": msgspec.json.encode(found),
         "bus.url": f"{scheme}://{credentials}{host}".encode(),
     }.items():
-        path = found.data / name
+        path = Path(found.data, name)
         path.unlink(missing_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
@@ -229,9 +233,22 @@ async def session(config: Config, data: Path, *, claim: str = "", say: Say = log
     async with AsyncExitStack() as stack:
         if config.bus.url:
             bus_config = config.bus
-        elif found := running(data):
+        elif found := await _started(data):
             bus_config = found.bus
         else:
             say("nothing is running on this data directory; starting AIIRWKV for this call")
             bus_config = (await stack.enter_async_context(system(config, data, web=False, say=say))).bus
         yield await stack.enter_async_context(Bus.connect(bus_config, "cli", claim=claim))
+
+
+async def _started(data: Path) -> System | None:
+    """The system that runs on a data directory, once it is ready."""
+    with anyio.move_on_after(READY):
+        while True:
+            if found := running(data):
+                return found
+            if lock := locked(data):
+                lock.close()
+                return None
+            await anyio.sleep(0.2)
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import AiirwkvError
 from . import documents as documents
 from . import manage as manage
 from . import running as running
@@ -13,5 +12,5 @@ def main() -> None:
     """Entry point; every error of ours becomes one line."""
     try:
         cli(prog_name="aiirwkv")
-    except (AiirwkvError, OSError) as exc:
+    except Exception as exc:
         fail(exc)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
@@ -62,18 +64,30 @@ def runs(function: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             anyio.run(lambda: function(*args, **kwargs))
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except (AiirwkvError, ExceptionGroup) as exc:
+        except Exception as exc:
             fail(exc)
 
     return command
 
 
+def _report(exc: BaseException) -> str:
+    """Write a traceback to a file of its own and return the file's name."""
+    with tempfile.NamedTemporaryFile("w", prefix="aiirwkv-", suffix=".log", delete=False) as file:
+        traceback.print_exception(exc, file=file)
+    return file.name
+
+
 def fail(exc: BaseException) -> NoReturn:
+    """Say in one line what went wrong, and exit with 1."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
-    if not isinstance(exc, AiirwkvError | OSError):
+    if isinstance(exc, click.ClickException | click.exceptions.Exit | click.Abort):
         raise exc
-    text = str(exc) if isinstance(exc, AiirwkvError) else f"{exc.filename or 'a file'}: {exc.strerror}"
+    text = str(exc)
+    if isinstance(exc, OSError):
+        text = f"{exc.filename or 'the system'}: {exc.strerror or exc}"
+    elif not isinstance(exc, AiirwkvError):
+        text = f"this is a fault of ours: {type(exc).__name__}: {exc}; what led to it is in {_report(exc)}"
     click.echo(f"aiirwkv: {text}", err=True)
     raise SystemExit(1)
 

@@ -56,7 +56,7 @@ async def up(state: State, host: str | None, port: int | None, no_web: bool) -> 
                         lines.say(f"! {cause}")
                     from ..bus import address
 
-                    lines.say(f"bus    {address(found.bus)} (credentials in {found.data / 'bus.url'})")
+                    lines.say(f"bus    {address(found.bus)} (credentials in {found.data}/bus.url)")
                     where = f" · open {found.web}" if found.web else ""
                     lines.say(f"ready in {time.monotonic() - began:.1f} s{where} · Ctrl-C ends it")
                     await _watch(found.bus, lines)
