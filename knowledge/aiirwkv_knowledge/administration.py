@@ -24,6 +24,7 @@ from .catalogue import Catalogue
 from .chunking import check_sizes
 from .ingest import Defaults
 from .permissions import checked, find, readable
+from .staging import Staging
 from .vectors import VectorIndex, in_thread
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Administration:
     """One method per action."""
 
     def __init__(self, catalogue: Catalogue, index: VectorIndex, defaults: Defaults) -> None:
-        self.catalogue, self.index, self.defaults = catalogue, index, defaults
+        self.catalogue, self.staging, self.index, self.defaults = catalogue, Staging(catalogue), index, defaults
         self._actions: dict[str, Callable[[Collections, Context], Awaitable[CollectionsReply]]] = {
             "create": self.create,
             "list": self.list,
@@ -167,7 +168,7 @@ class Administration:
         if request.text is None and request.enabled is None:
             raise BadRequest("collections with action 'edit' needs `text` or `enabled`")
         collection = await self._find(request, ctx, "write")
-        _, chunk = await in_thread(self.catalogue.chunk, collection.id, request.chunk)
+        chunk = await in_thread(self.staging.chunk, collection.id, request.chunk)
         if request.text is not None:
             if not request.text.strip():
                 raise BadRequest("a chunk cannot be empty; set `enabled` to false to hide it from searches")
@@ -176,8 +177,8 @@ class Administration:
             vector = await embedding.embed(ctx, collection.embedder, [chunk.context], "passage")
             await self.index.rewrite(collection.id, chunk, vector)
         if request.enabled is not None:
-            await in_thread(self.catalogue.enable, chunk.number, request.enabled)
-        passage, _ = await in_thread(self.catalogue.chunk, collection.id, request.chunk)
+            await in_thread(self.catalogue.enable, collection.id, request.chunk, request.enabled)
+        passage = await in_thread(self.catalogue.chunk, collection.id, request.chunk)
         return CollectionsReply(chunks=[passage], count=1)
 
     # The vector index

@@ -1,28 +1,25 @@
 """
 The catalogue: collections, documents, chunks, vectors and the keyword index, in one SQLite file.
 
-It is the truth; a vector store is an index of it that can be made again. It knows no permissions.
+It is the truth; a vector store is an index of it that can be made again. What comes in goes through `staging`, what is
+found through `passages`. It knows no permissions.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from aiirwkv import Access, Collection, Conflict, Document, Hit, NotFound, Passage
+from aiirwkv import Access, Collection, Conflict, Document, NotFound, Passage
 
-from .chunking import Piece
-from .database import Database
-from .keywords import expression, terms
+from .database import Database, insert
 from .schema import MIGRATIONS
-from .where import Where
 
 TEXT_BLOCK = 65_536
 """Characters per stored row of extracted text, so that a span of a long document is read without the rest."""
@@ -34,31 +31,6 @@ COLLECTION = """SELECT l.*,
     FROM collections l"""
 DOCUMENT = "SELECT d.*, (SELECT count(*) FROM chunks c WHERE c.document = d.number) AS chunks FROM documents d"
 PASSAGE = "SELECT c.*, d.name FROM chunks c JOIN documents d ON d.number = c.document AND d.live"
-VISIBLE = "chunks c JOIN documents d ON d.number = c.document AND d.live AND c.enabled"
-HIT = "c.id AS chunk, d.name AS document, d.id AS document_id, d.collection, c.start, c.end, c.page, c.text, c.heading"
-
-
-class Waiting(msgspec.Struct, frozen=True):
-    """A chunk that has no vector yet."""
-
-    number: int
-    id: str
-    position: int
-    text: str
-    heading: str
-
-    @property
-    def context(self) -> str:
-        """What is embedded: the chunk under its heading."""
-        return self.text if not self.heading or self.heading in self.text else f"{self.heading}\n{self.text}"
-
-
-class Staged(msgspec.Struct, frozen=True):
-    """A document that is being read: no search sees it before `publish`."""
-
-    number: int
-    chunks: int
-    done: int
 
 
 class Catalogue(Database):
@@ -76,25 +48,23 @@ class Catalogue(Database):
         collection = msgspec.structs.replace(collection, id=f"kb-{uuid.uuid4().hex}", created=time.time())
         try:
             with self.writing() as db:
-                db.execute(
-                    "INSERT INTO collections (id, name, description, owner, shares, embedder, fingerprint, chunk_size,"
-                    " chunk_overlap, created) VALUES (?,?,?,?,?,?,?,?,?,?)",
-                    (
-                        collection.id,
-                        collection.name,
-                        collection.description,
-                        collection.owner,
-                        _json(collection.shares),
-                        collection.embedder,
-                        collection.fingerprint,
-                        collection.chunk_size,
-                        collection.chunk_overlap,
-                        collection.created,
-                    ),
+                insert(
+                    db,
+                    "collections",
+                    id=collection.id,
+                    name=collection.name,
+                    description=collection.description,
+                    owner=collection.owner,
+                    shares=as_json(collection.shares),
+                    embedder=collection.embedder,
+                    fingerprint=collection.fingerprint,
+                    chunk_size=collection.chunk_size,
+                    chunk_overlap=collection.chunk_overlap,
+                    created=collection.created,
                 )
                 # One index per collection: word statistics stay its own, and it goes with its collection.
                 db.execute(
-                    f"CREATE VIRTUAL TABLE {_words(collection.id)} USING fts5(words, tokenize = 'porter unicode61')"
+                    f"CREATE VIRTUAL TABLE {words_of(collection.id)} USING fts5(words, tokenize = 'porter unicode61')"
                 )
         except sqlite3.IntegrityError:
             raise Conflict(f"there is a collection {collection.name!r} already; choose another name") from None
@@ -121,7 +91,7 @@ class Catalogue(Database):
     def change(self, id: str, **fields: Any) -> None:
         """Set fields of a collection."""
         if "shares" in fields:
-            fields["shares"] = _json(fields["shares"])
+            fields["shares"] = as_json(fields["shares"])
         try:
             with self.writing() as db:
                 db.execute(
@@ -135,143 +105,9 @@ class Catalogue(Database):
         """Delete a collection with all it holds; its vectors are on the list to be forgotten."""
         with self.writing() as db:
             if db.execute("DELETE FROM collections WHERE id = ?", (id,)).rowcount:
-                db.execute(f"DROP TABLE {_words(id)}")
+                db.execute(f"DROP TABLE {words_of(id)}")
                 db.execute("DELETE FROM forgotten WHERE collection = ?", (id,))
                 db.execute("INSERT INTO forgotten (collection) VALUES (?)", (id,))
-                self._clear_originals(db)
-
-    # Reading a document: stage, add, publish
-
-    def stage(
-        self,
-        collection: str,
-        document: Document,
-        recipe: str,
-        text: str,
-        pieces: Sequence[Piece],
-        original: Path | None,
-    ) -> Staged:
-        """Put down text and chunks of a document that no search sees yet. `original` is moved among the originals."""
-        with self.writing() as db:
-            self._erase(db, "d.collection = ? AND d.name = ? AND NOT d.live", (collection, document.name))
-            number = self._insert(db, collection, document, recipe, live=False)
-            if original:
-                self._keep(original, document.sha256)
-            db.executemany(
-                "INSERT INTO texts (document, start, text) VALUES (?,?,?)",
-                ((number, start, text[start : start + TEXT_BLOCK]) for start in range(0, len(text), TEXT_BLOCK)),
-            )
-            version = secrets.token_hex(8)
-            db.executemany(
-                "INSERT INTO chunks (id, document, position, start, end, page, heading, text) VALUES (?,?,?,?,?,?,?,?)",
-                (
-                    (f"{version}-{position}", number, position, p.start, p.end, p.page, p.heading, p.text)
-                    for position, p in enumerate(pieces)
-                ),
-            )
-        return Staged(number, len(pieces), 0)
-
-    def staged(self, collection: str, name: str, sha256: str, recipe: str) -> Staged | None:
-        """What an interrupted reading of the same bytes has left."""
-        with self.reading() as db:
-            row = db.execute(
-                "SELECT d.number, count(c.number), count(v.chunk) FROM documents d JOIN chunks c ON c.document ="
-                " d.number LEFT JOIN vectors v ON v.chunk = c.number WHERE d.collection = ? AND d.name = ? AND"
-                " d.sha256 = ? AND d.recipe = ? AND NOT d.live GROUP BY d.number",
-                (collection, name, sha256, recipe),
-            ).fetchone()
-        return Staged(*row) if row else None
-
-    def waiting(self, document: int, after: int, limit: int) -> list[Waiting]:
-        """The next chunks without a vector, behind position `after`."""
-        with self.reading() as db:
-            rows = db.execute(
-                "SELECT c.number, c.id, c.position, c.text, c.heading FROM chunks c WHERE c.document = ? AND"
-                " c.position > ? AND NOT EXISTS (SELECT 1 FROM vectors v WHERE v.chunk = c.number)"
-                " ORDER BY c.position LIMIT ?",
-                (document, after, limit),
-            ).fetchall()
-        return [Waiting(*row) for row in rows]
-
-    def add(self, collection: str, chunks: Sequence[Waiting], vectors: bytes) -> None:
-        """Store the chunks' vectors (rows of little-endian float32) and words."""
-        with self.writing() as db:
-            self._add(db, collection, chunks, vectors)
-
-    def _add(self, db: sqlite3.Connection, collection: str, chunks: Sequence[Waiting], vectors: bytes) -> None:
-        size = len(vectors) // len(chunks)
-        rows = [vectors[start : start + size] for start in range(0, len(vectors), size)]
-        try:
-            for chunk, row in zip(chunks, rows, strict=True):
-                db.execute("INSERT OR REPLACE INTO vectors (chunk, vector) VALUES (?,?)", (chunk.number, row))
-        except sqlite3.IntegrityError:
-            raise Conflict("the document was deleted or replaced while it was being read") from None
-        db.executemany(
-            f"INSERT OR REPLACE INTO {_words(collection)} (rowid, words) VALUES (?,?)",
-            ((chunk.number, " ".join(terms(chunk.context))) for chunk in chunks),
-        )
-
-    def publish(self, staged: Staged, tags: Sequence[str]) -> Document:
-        """In one step: what was staged is seen, and what it replaces is gone."""
-        with self.writing() as db:
-            new = db.execute("SELECT * FROM documents WHERE number = ? AND NOT live", (staged.number,)).fetchone()
-            if new is None:
-                raise Conflict("the document was deleted or replaced while it was being read")
-            self._take_over(db, new["collection"], new["name"], staged.number)
-            db.execute("UPDATE documents SET live = 1, tags = ? WHERE number = ?", (_json(tags), staged.number))
-            return _document(db.execute(f"{DOCUMENT} WHERE d.number = ?", (staged.number,)).fetchone())
-
-    def reject(self, collection: str, document: Document, original: Path | None) -> Document:
-        """Write down why a document is not ready. An earlier version of it that is ready stays, with the reason."""
-        with self.writing() as db:
-            if original:
-                self._keep(original, document.sha256)
-            where = "d.collection = ? AND d.name = ? AND d.live"
-            old = db.execute(f"SELECT * FROM documents d WHERE {where}", (collection, document.name)).fetchone()
-            if old and old["state"] == "ready":
-                reason = f"the newer file could not be read: {document.reason} (its earlier version stays)"
-                db.execute("UPDATE documents SET reason = ? WHERE number = ?", (reason, old["number"]))
-                return msgspec.structs.replace(document, id=old["id"], reason=reason)
-            number = self._insert(db, collection, document, "", live=False)
-            self._take_over(db, collection, document.name, number)
-            db.execute("UPDATE documents SET live = 1 WHERE number = ?", (number,))
-            return _document(db.execute(f"{DOCUMENT} WHERE d.number = ?", (number,)).fetchone())
-
-    def _insert(self, db: sqlite3.Connection, collection: str, document: Document, recipe: str, *, live: bool) -> int:
-        self._erase(db, "d.collection = ? AND d.name = ? AND d.live = ?", (collection, document.name, live))
-        try:
-            cursor = db.execute(
-                "INSERT INTO documents (id, collection, name, live, state, reason, recipe, pages, characters, size,"
-                " sha256, media_type, tags, created) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                (
-                    f"doc-{uuid.uuid4().hex}",
-                    collection,
-                    document.name,
-                    live,
-                    document.state,
-                    document.reason,
-                    recipe,
-                    document.pages,
-                    document.characters,
-                    document.size,
-                    document.sha256,
-                    document.media_type,
-                    _json(document.tags),
-                    time.time(),
-                ),
-            )
-        except sqlite3.IntegrityError:
-            raise NotFound("the collection was deleted while a document was being read into it") from None
-        return int(cursor.lastrowid or 0)
-
-    def _take_over(self, db: sqlite3.Connection, collection: str, name: str, number: int) -> None:
-        """Give a document the id of the one of the same name, which goes."""
-        old = db.execute(
-            "SELECT id FROM documents WHERE collection = ? AND name = ? AND live", (collection, name)
-        ).fetchone()
-        if old:
-            self._erase(db, "d.collection = ? AND d.name = ? AND d.live", (collection, name))
-            db.execute("UPDATE documents SET id = ? WHERE number = ?", (old["id"], number))
 
     # Documents and chunks
 
@@ -282,7 +118,7 @@ class Catalogue(Database):
                 f"{DOCUMENT} WHERE d.collection = ? AND d.live AND (d.id = ? OR d.name = ?) ORDER BY d.id = ? DESC",
                 (collection, name, name, name),
             ).fetchone()
-        return _document(row) if row else None
+        return as_document(row) if row else None
 
     def same(self, collection: str, name: str, sha256: str, recipe: str, tags: Sequence[str]) -> Document | None:
         """The ready document of this name made from the same bytes in the same way; it gets the tags."""
@@ -294,8 +130,8 @@ class Catalogue(Database):
             ).fetchone()
             if row is None:
                 return None
-            db.execute("UPDATE documents SET tags = ?, reason = '' WHERE number = ?", (_json(tags), row["number"]))
-        return msgspec.structs.replace(_document(row), tags=list(tags), reason="")
+            db.execute("UPDATE documents SET tags = ?, reason = '' WHERE number = ?", (as_json(tags), row["number"]))
+        return msgspec.structs.replace(as_document(row), tags=list(tags), reason="")
 
     def documents(
         self, collection: str, query: str = "", offset: int = 0, limit: int = -1
@@ -307,14 +143,14 @@ class Catalogue(Database):
             rows = db.execute(
                 f"{DOCUMENT} WHERE {condition} ORDER BY d.name LIMIT ? OFFSET ?", (collection, query, limit, offset)
             ).fetchall()
-        return [_document(row) for row in rows], count
+        return [as_document(row) for row in rows], count
 
     def remove(self, collection: str, document: str) -> None:
         """Delete a document, by its id; its text is unfindable from now on, whatever the vector store does."""
         with self.writing() as db:
             name = db.execute("SELECT name FROM documents WHERE collection = ? AND id = ?", (collection, document))
             if row := name.fetchone():
-                self._erase(db, "d.collection = ? AND d.name = ?", (collection, row["name"]))
+                self.erase(db, "d.collection = ? AND d.name = ?", (collection, row["name"]))
 
     def text(self, document: str, start: int, end: int) -> str:
         """The extracted text of a document, by its id, from character `start` to `end`."""
@@ -343,171 +179,62 @@ class Catalogue(Database):
             ).fetchall()
         return [_passage(row) for row in rows], count
 
-    def chunk(self, collection: str, id: str) -> tuple[Passage, Waiting]:
-        """A chunk, as people and as the embedder see it."""
+    def chunk(self, collection: str, id: str) -> Passage:
+        """A chunk by its id."""
         with self.reading() as db:
             row = db.execute(f"{PASSAGE} WHERE d.collection = ? AND c.id = ?", (collection, id)).fetchone()
         if row is None:
             raise NotFound(f"there is no chunk {id!r} in this collection; the action `chunks` lists them")
-        return _passage(row), Waiting(row["number"], row["id"], row["position"], row["text"], row["heading"])
+        return _passage(row)
 
-    def rewrite(self, collection: str, chunk: Waiting, vector: bytes) -> None:
-        """Give a chunk the text and vector of `chunk`."""
-        with self.writing() as db:
-            db.execute("UPDATE chunks SET text = ? WHERE number = ?", (chunk.text, chunk.number))
-            self._add(db, collection, [chunk], vector)
-
-    def enable(self, chunk: int, enabled: bool) -> None:
+    def enable(self, collection: str, id: str, enabled: bool) -> None:
         """Let searches find a chunk, or not."""
         with self.writing() as db:
-            db.execute("UPDATE chunks SET enabled = ? WHERE number = ?", (enabled, chunk))
+            db.execute(
+                "UPDATE chunks SET enabled = ? WHERE id = ? AND document IN (SELECT number FROM documents WHERE"
+                " collection = ?)",
+                (enabled, id, collection),
+            )
 
-    def _erase(self, db: sqlite3.Connection, where: str, values: Sequence[Any]) -> None:
+    def erase(self, db: sqlite3.Connection, where: str, values: Sequence[Any]) -> None:
         """Delete documents; their vectors are on the list to be forgotten."""
         for number, collection in db.execute(
             f"SELECT number, collection FROM documents d WHERE {where}", values
         ).fetchall():
             chunks = "SELECT number FROM chunks WHERE document = ?"
-            db.execute(f"DELETE FROM {_words(collection)} WHERE rowid IN ({chunks})", (number,))
+            db.execute(f"DELETE FROM {words_of(collection)} WHERE rowid IN ({chunks})", (number,))
             db.execute(
                 "INSERT INTO forgotten (collection, chunk) SELECT ?, c.id FROM chunks c WHERE c.document = ?",
                 (collection, number),
             )
             db.execute("DELETE FROM documents WHERE number = ?", (number,))
-        self._clear_originals(db)
-
-    # Search
-
-    def by_words(self, collection: str, query: str, where: Where, limit: int) -> list[Hit]:
-        """The passages that BM25 ranks best for any of the query's terms; `score` is BM25, higher is better."""
-        if not (match := expression(query)):
-            return []
-        words = _words(collection)
-        condition, values = where.sql()
-        try:
-            with self.reading() as db:
-                rows = db.execute(
-                    f"SELECT {HIT}, -w.rank AS score FROM {words} w JOIN {VISIBLE} AND c.number = w.rowid"
-                    f" WHERE w.words MATCH ? AND d.collection = ?{condition} ORDER BY w.rank LIMIT ?",
-                    (match, collection, *values, limit),
-                ).fetchall()
-        except sqlite3.OperationalError as exc:
-            if "no such table" in str(exc):  # deleted since it was looked up
-                return []
-            raise
-        return [_hit(row, row["score"]) for row in rows]
-
-    def visible(self, collection: str, scores: dict[str, float], where: Where) -> list[Hit]:
-        """Of the chunk ids, those that a search may show, with their scores, best first."""
-        condition, values = where.sql()
-        with self.reading() as db:
-            rows = db.execute(
-                f"SELECT {HIT} FROM {VISIBLE} WHERE c.id IN (SELECT value FROM json_each(?)) AND d.collection = ?"
-                f"{condition}",
-                (_json(list(scores)), collection, *values),
-            ).fetchall()
-        return sorted((_hit(row, scores[row["chunk"]]) for row in rows), key=lambda hit: -hit.score)
-
-    def matching(self, collection: str, where: Where, limit: int) -> list[str]:
-        """Up to `limit` ids of chunks that `where` allows."""
-        condition, values = where.sql()
-        with self.reading() as db:
-            rows = db.execute(
-                f"SELECT c.id FROM {VISIBLE} WHERE d.collection = ?{condition} LIMIT ?",
-                (collection, *values, limit),
-            ).fetchall()
-        return [row["id"] for row in rows]
-
-    # In step with the vector store
-
-    def vector_ids(self, collection: str) -> list[str]:
-        """The ids of all chunks with a vector, also of documents that are being read."""
-        with self.reading() as db:
-            rows = db.execute(
-                "SELECT c.id FROM vectors v JOIN chunks c ON c.number = v.chunk JOIN documents d ON d.number ="
-                " c.document WHERE d.collection = ? ORDER BY c.number",
-                (collection,),
-            )
-            return [row["id"] for row in rows]
-
-    def vector_count(self, collection: str) -> int:
-        with self.reading() as db:
-            return int(
-                db.execute(
-                    "SELECT count(*) FROM vectors v JOIN chunks c ON c.number = v.chunk JOIN documents d ON d.number ="
-                    " c.document WHERE d.collection = ?",
-                    (collection,),
-                ).fetchone()[0]
-            )
-
-    def vectors(self, ids: Iterable[str]) -> tuple[list[str], bytes]:
-        """The vectors of chunks that still exist: their ids, and rows of little-endian float32."""
-        with self.reading() as db:
-            rows = db.execute(
-                "SELECT c.id, v.vector FROM chunks c JOIN vectors v ON v.chunk = c.number WHERE c.id IN"
-                " (SELECT value FROM json_each(?))",
-                (_json(list(ids)),),
-            ).fetchall()
-        return [row["id"] for row in rows], b"".join(row["vector"] for row in rows)
-
-    def forgotten(self, limit: int) -> list[tuple[int, str, str]]:
-        """What the vector store has still to forget: number, collection, chunk (empty: the whole collection)."""
-        with self.reading() as db:
-            return [tuple(row) for row in db.execute("SELECT * FROM forgotten ORDER BY number LIMIT ?", (limit,))]
-
-    def forget(self, numbers: Sequence[int]) -> None:
-        """The vector store has forgotten these."""
-        with self.writing() as db:
-            db.executemany("DELETE FROM forgotten WHERE number = ?", ((number,) for number in numbers))
-
-    def problems(self, collection: str) -> list[str]:
-        """What is wrong inside the catalogue itself, in words."""
-        found = []
-        with self.reading() as db:
-            bare, words, chunks = db.execute(
-                "SELECT count(*) FILTER (WHERE v.chunk IS NULL),"
-                f" count(*) FILTER (WHERE c.number IN (SELECT rowid FROM {_words(collection)})), count(*)"
-                " FROM chunks c JOIN documents d ON d.number = c.document AND d.live LEFT JOIN vectors v ON"
-                " v.chunk = c.number WHERE d.collection = ?",
-                (collection,),
-            ).fetchone()
-            hashes = db.execute(
-                "SELECT name, sha256 FROM documents WHERE collection = ? AND live AND media_type != ''", (collection,)
-            ).fetchall()
-        if bare:
-            found.append(f"{bare} chunks have no vector; index their documents again")
-        if words != chunks:
-            found.append(f"{chunks - words} chunks are not in the keyword index; index their documents again")
-        for row in hashes:
-            if not self.original(row["sha256"]).exists():
-                found.append(f"the original of {row['name']!r} is missing from {self.originals}; upload it again")
-        return found
 
     # Originals
 
     def original(self, sha256: str) -> Path:
         return self.originals / sha256[:2] / sha256
 
-    def _keep(self, incoming: Path, sha256: str) -> None:
+    def keep(self, incoming: Path, sha256: str) -> None:
+        """Move a file among the originals; within the transaction that writes the document down."""
         place = self.original(sha256)
         place.parent.mkdir(exist_ok=True)
         os.replace(incoming, place)
 
-    def _clear_originals(self, db: sqlite3.Connection) -> None:
-        """Remove the files that no document needs any more; triggers list the hashes of deleted documents."""
-        for (sha256,) in db.execute(
-            "SELECT sha256 FROM loose WHERE sha256 NOT IN (SELECT sha256 FROM documents)"
-        ).fetchall():
-            self.original(sha256).unlink(missing_ok=True)
-        db.execute("DELETE FROM loose")
+    def clear_originals(self) -> None:
+        """Remove the files of deleted documents, of which a trigger makes a list, that no other document needs."""
+        with self.writing() as db:
+            loose = db.execute("SELECT sha256 FROM loose WHERE sha256 NOT IN (SELECT sha256 FROM documents)")
+            for (sha256,) in loose.fetchall():
+                self.original(sha256).unlink(missing_ok=True)
+            db.execute("DELETE FROM loose")
 
 
-def _words(collection: str) -> str:
+def words_of(collection: str) -> str:
     """The keyword table of a collection; its id is ours and hexadecimal."""
     return f"words_{int(collection.removeprefix('kb-'), 16):032x}"
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
@@ -515,7 +242,7 @@ def _collection(row: sqlite3.Row) -> Collection:
     return Collection(**{**dict(row), "shares": msgspec.json.decode(row["shares"], type=dict[str, Access])})
 
 
-def _document(row: sqlite3.Row) -> Document:
+def as_document(row: sqlite3.Row) -> Document:
     fields = {field: row[field] for field in Document.__struct_fields__}
     return Document(**{**fields, "tags": msgspec.json.decode(row["tags"], type=list[str])})
 
@@ -532,8 +259,3 @@ def _passage(row: sqlite3.Row) -> Passage:
         heading=row["heading"],
         enabled=bool(row["enabled"]),
     )
-
-
-def _hit(row: sqlite3.Row, score: float) -> Hit:
-    fields = {field: row[field] for field in row.keys() if field != "score"}  # noqa: SIM118
-    return Hit(**fields, score=score)

@@ -40,22 +40,30 @@ def check_sizes(size: int, overlap: int) -> None:
 
 
 def cut(text: str, anchors: Sequence[Anchor], size: int, overlap: int, *, markdown: bool = False) -> list[Piece]:
-    """Chunks of at most `size` tokens that share up to `overlap` with the one before."""
+    """
+    Chunks of at most `size` tokens that share up to `overlap` with the one before.
+
+    A chunk lies on one page, so that the page of a citation is right, and carries the headings above its beginning.
+    """
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
     check_sizes(size, overlap)
     splitter = (MarkdownSplitter if markdown else TextSplitter).from_callback(tokens, size, overlap=overlap)
-    page, heading = _pages(anchors), _headings(anchors)
+    heading = _headings(anchors)
     return [
-        Piece(start, start + len(chunk), chunk, page(start), heading(start))
-        for start, chunk in splitter.chunk_indices(text)
+        Piece(start + place, start + place + len(chunk), chunk, page, heading(start + place))
+        for start, end, page in _pages(anchors, len(text))
+        for place, chunk in splitter.chunk_indices(text[start:end])
         if chunk.strip()
     ]
 
 
-def _pages(anchors: Sequence[Anchor]) -> Callable[[int], int | None]:
-    pages = sorted((anchor.start, anchor.page) for anchor in anchors if anchor.kind == "page")
-    return _last_before([start for start, _ in pages], [number for _, number in pages], None)
+def _pages(anchors: Sequence[Anchor], length: int) -> list[tuple[int, int, int | None]]:
+    """The text's parts by page: start, end, page. What lies between two pages belongs to the first."""
+    starts = sorted((anchor.start, anchor.page) for anchor in anchors if anchor.kind == "page")
+    parts: list[tuple[int, int | None]] = [(0, None), *starts]
+    ends = [*(start for start, _ in starts), length]
+    return [(start, end, page) for (start, page), end in zip(parts, ends, strict=True) if start < end]
 
 
 def _headings(anchors: Sequence[Anchor]) -> Callable[[int], str]:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from aiirwkv import PluginError, ServiceError
 
@@ -109,3 +110,10 @@ class Database:
         for db in (self._writer, *self._idle):
             db.close()
         self._idle.clear()
+
+
+def insert(db: sqlite3.Connection, table: str, **values: Any) -> int:
+    """Add a row; its number."""
+    places = ", ".join("?" * len(values))
+    cursor = db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({places})", tuple(values.values()))
+    return int(cursor.lastrowid or 0)

@@ -37,10 +37,11 @@ from aiirwkv import (
 )
 
 from . import embedding
-from .catalogue import Catalogue, Staged
+from .catalogue import Catalogue
 from .chunking import cut
 from .database import storing
 from .permissions import checked, find, is_id, lookup
+from .staging import Staged, Staging
 from .vectors import VectorIndex, in_thread
 
 BATCH = 64
@@ -62,14 +63,13 @@ class Defaults(msgspec.Struct, frozen=True):
 
 
 class _Received(msgspec.Struct):
-    """A source's bytes: a file among the incoming, or pasted text."""
+    """A source's bytes: a file among the incoming."""
 
+    path: Path
     name: str
     sha256: str
     size: int
-    media_type: str = ""
-    path: Path | None = None
-    text: str = ""
+    media_type: str
 
 
 class _Unreadable(Exception):
@@ -83,7 +83,7 @@ class Ingest:
     """Reads sources into collections."""
 
     def __init__(self, catalogue: Catalogue, index: VectorIndex, defaults: Defaults) -> None:
-        self.catalogue, self.index, self.defaults = catalogue, index, defaults
+        self.catalogue, self.staging, self.index, self.defaults = catalogue, Staging(catalogue), index, defaults
         self._incoming = catalogue.originals / "incoming"
         self._locks: WeakValueDictionary[tuple[str, str], anyio.Lock] = WeakValueDictionary()
         self._incoming.mkdir(exist_ok=True)
@@ -133,19 +133,16 @@ class Ingest:
             return find(await in_thread(self.catalogue.names), name, ctx, "write")
 
     async def _read(self, collection: Collection, source: Source, ctx: Context, progress: _Progress) -> Document:
-        name = source.name or source.object or "pasted text"
+        path = self._incoming / f"{os.getpid()}-{uuid.uuid4().hex}"
         try:
-            received = await self._receive(source, ctx)
-        except NotFound as exc:
-            document = Document("", clean(name), "failed", reason=str(exc), tags=source.tags)
-            return await in_thread(self.catalogue.reject, collection.id, document, None)
-        try:
+            received = await self._receive(source, path, ctx)
             lock = self._locks.setdefault((collection.id, received.name), anyio.Lock())
             async with lock:
                 document = await self._bring_in(collection, source, received, ctx, progress)
+        except _Unreadable as exc:
+            document = await in_thread(self.staging.reject, collection.id, exc.document, path)
         finally:
-            if received.path:
-                received.path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         progress.finish(document)
         return document
 
@@ -156,29 +153,31 @@ class Ingest:
         key = (collection.id, received.name, received.sha256, recipe)
         if same := await in_thread(self.catalogue.same, *key, source.tags):
             return msgspec.structs.replace(same, state="unchanged")
-        staged = await in_thread(self.catalogue.staged, *key)
+        staged = await in_thread(self.staging.staged, *key)
         if staged is None:
             progress.say(f"reading {received.name}")
-            try:
-                staged = await self._stage(collection, source, received, recipe, ctx)
-            except _Unreadable as exc:
-                return await in_thread(self.catalogue.reject, collection.id, exc.document, received.path)
+            staged = await self._stage(collection, source, received, recipe, ctx)
         await self._embed(collection, staged, received.name, ctx, progress)
-        return await in_thread(self.catalogue.publish, staged, source.tags)
+        return await in_thread(self.staging.publish, staged, source.tags)
 
     # From bytes to chunks
 
-    async def _receive(self, source: Source, ctx: Context) -> _Received:
-        if source.text:
-            data = source.text.encode()
-            sha256 = hashlib.sha256(data).hexdigest()
-            first = source.text.strip().split("\n", 1)[0][:48]
-            return _Received(clean(source.name or f"{first} ({sha256[:6]})"), sha256, len(data), text=source.text)
-        path = self._incoming / f"{os.getpid()}-{uuid.uuid4().hex}"
+    async def _receive(self, source: Source, path: Path, ctx: Context) -> _Received:
         with storing(self._incoming):
-            held = await ctx.bus.get(source.object, path)
-        name = clean(source.name or held.name or source.object)
-        return _Received(name, held.sha256, held.size, source.media_type or held.media_type, path)
+            if source.object:
+                try:
+                    held = await ctx.bus.get(source.object, path)
+                except NotFound as exc:
+                    name = clean(source.name or source.object)
+                    raise _Unreadable(str(exc), Document("", name, "failed", tags=source.tags)) from exc
+                name = source.name or held.name or source.object
+                return _Received(path, clean(name), held.sha256, held.size, source.media_type or held.media_type)
+            data = source.text.encode()
+            await anyio.Path(path).write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        first = source.text.strip().split("\n", 1)[0][:48]
+        name = source.name or f"{first} ({sha256[:6]})"
+        return _Received(path, clean(name), sha256, len(data), source.media_type or "text/plain")
 
     async def _stage(
         self, collection: Collection, source: Source, received: _Received, recipe: str, ctx: Context
@@ -208,11 +207,11 @@ class Ingest:
         cutting = partial(cut, markdown=markdown)
         pieces = await in_thread(cutting, text, converted.anchors, collection.chunk_size, collection.chunk_overlap)
         document.state = "ready"
-        return await in_thread(self.catalogue.stage, collection.id, document, recipe, text, pieces, received.path)
+        return await in_thread(self.staging.stage, collection.id, document, recipe, text, pieces, received.path)
 
     async def _convert(self, source: Source, received: _Received, document: Document, ctx: Context) -> Converted:
-        if received.text:
-            return Converted(text=received.text, media_type=source.media_type)
+        if source.text:
+            return Converted(text=source.text, media_type=received.media_type)
         plugin = await self._converter(received, document, ctx)
         try:
             request = Convert(source.object, received.name, received.media_type)
@@ -249,7 +248,7 @@ class Ingest:
     ) -> None:
         done, after = staged.done, -1
         progress.begin(name, done, staged.chunks)
-        while batch := await in_thread(self.catalogue.waiting, staged.number, after, BATCH):
+        while batch := await in_thread(self.staging.waiting, staged.number, after, BATCH):
             texts = [chunk.context for chunk in batch]
             vectors = await embedding.embed(ctx, collection.embedder, texts, "passage")
             await self.index.add(collection.id, batch, vectors)

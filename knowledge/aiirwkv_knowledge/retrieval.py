@@ -28,6 +28,7 @@ from aiirwkv import (
 from . import embedding
 from .catalogue import Catalogue
 from .fusion import fuse
+from .passages import Passages
 from .permissions import find, readable
 from .vectors import VectorIndex, in_thread
 from .where import Where
@@ -63,7 +64,8 @@ class _Run:
     """One search on its way."""
 
     def __init__(self, catalogue: Catalogue, index: VectorIndex, request: Search, where: Where, ctx: Context) -> None:
-        self.catalogue, self.index, self.request, self.where, self.ctx = catalogue, index, request, where, ctx
+        self.catalogue, self.passages, self.index = catalogue, Passages(catalogue), index
+        self.request, self.where, self.ctx = request, where, ctx
         self.depth = max(DEPTH, 2 * request.top)
         self.receipt = Receipt(query=request.query)
         self.collections: list[Collection] = []
@@ -133,7 +135,7 @@ class _Run:
             found: dict[str, float] = {}
             for collection in self.collections:
                 for hit in await in_thread(
-                    self.catalogue.by_words, collection.id, self.request.query, self.where, self.depth
+                    self.passages.by_words, collection.id, self.request.query, self.where, self.depth
                 ):
                     self._note(hit, "keyword")
                     found[hit.chunk] = hit.score

@@ -12,7 +12,10 @@ import anyio
 import anyio.to_thread
 from aiirwkv import Busy, Hit, ServiceError
 
-from .catalogue import Catalogue, Waiting
+from .catalogue import Catalogue
+from .ledger import Ledger
+from .passages import Passages
+from .staging import Staging, Waiting
 from .store import VectorStore
 from .where import Where
 
@@ -44,6 +47,7 @@ class VectorIndex:
 
     def __init__(self, catalogue: Catalogue, store: VectorStore) -> None:
         self._catalogue, self._store = catalogue, store
+        self._staging, self._passages, self._ledger = Staging(catalogue), Passages(catalogue), Ledger(catalogue)
         self._locks: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         self._unsound: dict[str, anyio.Event] = {}
         self._work = anyio.Event()
@@ -52,29 +56,30 @@ class VectorIndex:
         """Store the vectors of chunks in both places."""
         async with self._locks[collection]:
             await self._store.upsert(collection, [chunk.id for chunk in chunks], vectors)
-            await in_thread(self._catalogue.add, collection, chunks, vectors)
+            await in_thread(self._staging.add, collection, chunks, vectors)
 
     async def rewrite(self, collection: str, chunk: Waiting, vector: bytes) -> None:
         """Store the new text and vector of one chunk."""
         async with self._locks[collection]:
             await self._store.upsert(collection, [chunk.id], vector)
-            await in_thread(self._catalogue.rewrite, collection, chunk, vector)
+            await in_thread(self._staging.rewrite, collection, chunk, vector)
 
     async def search(self, collection: str, vector: bytes, top: int, where: Where) -> list[Hit]:
         """The nearest passages that a search may show, best first; `score` is the cosine similarity."""
-        if unsound := self._unsound.get(collection):
-            with anyio.move_on_after(PATIENCE):
-                await unsound.wait()
-            if collection in self._unsound:
-                raise Busy("the vector index is being made again from the catalogue; ask again in a minute")
+        await self._sound(collection)
         among = None
         if where:
-            among = await in_thread(self._catalogue.matching, collection, where, EXACT_FILTER + 1)
+            among = await in_thread(self._passages.matching, collection, where, EXACT_FILTER + 1)
+            if not among:
+                return []
             among = among if len(among) <= EXACT_FILTER else None
         wanted = top
         while True:
             scores = dict(await self._store.query(collection, vector, wanted, among))
-            hits = await in_thread(self._catalogue.visible, collection, scores, where)
+            if not scores and await self._lost(collection):
+                await self._sound(collection)
+                continue
+            hits = await in_thread(self._passages.visible, collection, scores, where)
             # Ask for more when too many of the nearest may not be shown.
             if len(hits) >= top or len(scores) < wanted or among is not None:
                 return hits[:top]
@@ -85,12 +90,26 @@ class VectorIndex:
     async def check(self) -> None:
         """Note the collections whose vectors the store has lost; `maintain` makes them again."""
         for collection in await in_thread(self._catalogue.names):
-            expected = await in_thread(self._catalogue.vector_count, collection.id)
-            found = await self._store.count(collection.id)
-            if expected and (found is None or found < expected):
-                log.warning("collection %r: the store has %s of %d vectors", collection.name, found or 0, expected)
-                self._unsound.setdefault(collection.id, anyio.Event())
-        self._work.set()
+            await self._lost(collection.id)
+
+    async def _lost(self, collection: str) -> bool:
+        async with self._locks[collection]:
+            expected = await in_thread(self._ledger.vector_count, collection)
+            found = await self._store.count(collection) if expected else 0
+        if expected and (found is None or found < expected):
+            log.warning("collection %s: the vector store has %s of %d vectors", collection, found or 0, expected)
+            self._unsound.setdefault(collection, anyio.Event())
+            self._work.set()
+            return True
+        return False
+
+    async def _sound(self, collection: str) -> None:
+        """Wait a little for an index that is being made again."""
+        if unsound := self._unsound.get(collection):
+            with anyio.move_on_after(PATIENCE):
+                await unsound.wait()
+            if collection in self._unsound:
+                raise Busy("the vector index is being made again from the catalogue; ask again in a minute")
 
     def sweep_soon(self) -> None:
         """Have the store forget what the catalogue has dropped."""
@@ -103,7 +122,8 @@ class VectorIndex:
                 await self._work.wait()
             self._work = anyio.Event()
             try:
-                for collection in list(self._unsound):
+                while self._unsound:
+                    collection = next(iter(self._unsound))
                     log.warning("making the vector index of %s again from the catalogue", collection)
                     await self.rebuild(collection)
                 await self.sweep()
@@ -112,37 +132,39 @@ class VectorIndex:
 
     async def sweep(self) -> None:
         """Have the store forget what the catalogue has dropped, now."""
-        while batch := await in_thread(self._catalogue.forgotten, BATCH):
+        while batch := await in_thread(self._ledger.forgotten, BATCH):
             chunks: defaultdict[str, list[str]] = defaultdict(list)
             for _, collection, chunk in batch:
                 chunks[collection].append(chunk)
             for collection, ids in chunks.items():
                 async with self._locks[collection]:
                     await (self._store.drop(collection) if "" in ids else self._store.delete(collection, ids))
-            await in_thread(self._catalogue.forget, [number for number, _, _ in batch])
+            await in_thread(self._ledger.forget, [number for number, _, _ in batch])
+        await in_thread(self._catalogue.clear_originals)
 
     async def rebuild(self, collection: str, progress: Callable[[int, int], object] = lambda done, total: None) -> int:
         """Make a collection's vectors again from the catalogue; how many there are."""
         async with self._locks[collection]:
             sound = self._unsound.setdefault(collection, anyio.Event())
             await self._store.drop(collection)
-            ids = await in_thread(self._catalogue.vector_ids, collection)
+            ids = await in_thread(self._ledger.vector_ids, collection)
             for start in range(0, len(ids), BATCH):
-                found, vectors = await in_thread(self._catalogue.vectors, ids[start : start + BATCH])
+                found, vectors = await in_thread(self._ledger.vectors, ids[start : start + BATCH])
                 if found:
                     await self._store.upsert(collection, found, vectors)
                 progress(min(start + BATCH, len(ids)), len(ids))
             self._unsound.pop(collection, None)
             sound.set()
+        await self.check()  # the store may have had to give up all sets to drop a damaged one
         return len(ids)
 
     async def verify(self, collection: str) -> tuple[int, list[str]]:
         """Compare the store with the catalogue: how many vectors there should be, and what is wrong, in words."""
         await self.sweep()
         async with self._locks[collection]:
-            expected = set(await in_thread(self._catalogue.vector_ids, collection))
+            expected = set(await in_thread(self._ledger.vector_ids, collection))
             found = await self._store.ids(collection) if await self._store.count(collection) is not None else set()
-        problems = await in_thread(partial(self._catalogue.problems, collection))
+        problems = await in_thread(partial(self._ledger.problems, collection))
         if missing := len(expected - found):
             problems.append(f"{missing} of {len(expected)} vectors are missing from the vector store; run `rebuild`")
         if stray := len(found - expected):

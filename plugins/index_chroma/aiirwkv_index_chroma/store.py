@@ -24,6 +24,7 @@ T = TypeVar("T")
 BATCH = 200
 """Vectors per call: Chroma holds Python's lock during one, and the worker must give signs of life."""
 PAGE = 10_000
+DATABASE = "chroma.sqlite3"
 CONFIGURATION = {"hnsw": {"space": "cosine", "ef_search": 200}}
 LOCK_PATIENCE = 10.0
 CANNOT_WRITE = ("disk is full", "disk I/O error", "readonly", "unable to open", "No space", "File too large")
@@ -119,7 +120,12 @@ class ChromaStore:
             with suppress(NotFoundError):
                 client.delete_collection(collection)
 
-        await self._in_turn(drop)
+        try:
+            await self._in_turn(drop)
+        except _Damaged:
+            if self._url is not None:
+                raise
+            await anyio.to_thread.run_sync(self._put_aside, limiter=self._turn)
 
     # Chroma
 
@@ -138,28 +144,40 @@ class ChromaStore:
         return await anyio.to_thread.run_sync(self._guarded, work, limiter=self._turn)
 
     def _guarded(self, work: Callable[[Any], T]) -> T:
-        from chromadb.errors import ChromaError, InternalError
-
         try:
             if self._client is None:
                 self._client = self._connect()
             return work(self._client)
         except ServiceError:
             raise
-        except (ChromaError, ValueError, OSError) as exc:
-            if any(sign in str(exc) for sign in CANNOT_WRITE) and self._url is None:
-                raise storage_error(self._folder, f"Chroma says: {exc}") from exc
-            if self._url is not None and not isinstance(exc, ChromaError):
-                raise ServiceError(
-                    f"cannot reach the Chroma server at {self._url}: {exc}; start it, or take `url` out of "
-                    "[plugins.index_chroma]"
-                ) from exc
-            kind = _Damaged if isinstance(exc, InternalError) else ServiceError
-            raise kind(f"Chroma in {self._url or self._folder} failed: {exc}; `rebuild` makes its index again") from exc
+        except Exception as exc:
+            raise self._explained(exc) from exc
+        except BaseException as exc:
+            if not _is_panic(exc):
+                raise
+            self._give_up_client()
+            raise self._explained(exc) from exc
+
+    def _explained(self, exc: BaseException) -> ServiceError:
+        from chromadb.errors import ChromaError, InternalError
+
+        if self._url is None:
+            if not (self._folder / DATABASE).exists():
+                self._give_up_client()  # somebody has removed the folder: begin a new one
+                return _Damaged(f"the Chroma index in {self._folder} has gone; it is made again from the catalogue")
+            if any(sign in str(exc) for sign in CANNOT_WRITE):
+                return storage_error(self._folder, f"Chroma says: {exc}")
+        elif not isinstance(exc, ChromaError):
+            self._give_up_client()
+            return ServiceError(
+                f"cannot reach the Chroma server at {self._url}: {exc}; start it, or take `url` out of "
+                "[plugins.index_chroma]"
+            )
+        kind = _Damaged if isinstance(exc, InternalError) or _is_panic(exc) else ServiceError
+        return kind(f"Chroma in {self._url or self._folder} failed: {exc}; the action `rebuild` makes its index again")
 
     def _connect(self) -> Any:
         import chromadb
-        from chromadb.api.shared_system_client import SharedSystemClient
         from chromadb.config import Settings
         from chromadb.errors import InternalError
 
@@ -171,15 +189,32 @@ class ChromaStore:
             return chromadb.HttpClient(url.hostname or "", port, ssl=secure, settings=settings)
         try:
             return chromadb.PersistentClient(self._folder, settings)
-        except InternalError as exc:
+        except BaseException as exc:
+            if not isinstance(exc, InternalError) and not _is_panic(exc):
+                raise
             if any(sign in str(exc) for sign in CANNOT_WRITE):
                 raise
-            aside = self._folder.with_name(f"chroma-damaged-{time.time_ns()}")
-            log.warning("the Chroma index in %s cannot be opened (%s); it is put aside as %s", self._folder, exc, aside)
-            SharedSystemClient.clear_system_cache()  # or Chroma hands out the failed client again
+            log.warning("the Chroma index in %s cannot be opened: %s", self._folder, exc)
+        self._put_aside()
+        return chromadb.PersistentClient(self._folder, settings)
+
+    def _put_aside(self) -> None:
+        """Keep a damaged index for whoever wants to look at it, and begin an empty one."""
+        self._give_up_client()
+        aside = self._folder.with_name(f"chroma-damaged-{time.time_ns()}")
+        with storing(self._folder):
             self._folder.rename(aside)
             self._folder.mkdir()
-            return chromadb.PersistentClient(self._folder, settings)
+        log.warning("the damaged Chroma index is put aside as %s; it can be deleted", aside)
+
+    def _give_up_client(self) -> None:
+        from chromadb.api.shared_system_client import SharedSystemClient
+
+        if self._client is not None:
+            with suppress(Exception):
+                self._client.close()
+            self._client = None
+        SharedSystemClient.clear_system_cache()  # or Chroma hands out the failed client again
 
     async def _take_lock(self) -> None:
         with storing(self._folder):
@@ -197,6 +232,11 @@ class ChromaStore:
                         "and give its `url` in [plugins.index_chroma]"
                     ) from None
             await anyio.sleep(0.2)
+
+
+def _is_panic(exc: BaseException) -> bool:
+    """Chroma's Rust side panicked; its exception is no Exception, and cannot be imported."""
+    return type(exc).__name__ == "PanicException"
 
 
 class _Damaged(ServiceError):
