@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -304,7 +306,7 @@ async def test_a_zip_bomb_is_not_unpacked(read: Read) -> None:
     start = time.perf_counter()
     with pytest.raises(BadRequest, match="zip bomb"):
         await read(bomb, "bomb.docx")
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 5
 
 
 async def test_too_many_parts(read: Read) -> None:
@@ -340,7 +342,7 @@ async def test_too_much_time_is_said_and_the_child_ends(tmp_path: Path) -> None:
         start = time.perf_counter()
         with pytest.raises(BadRequest, match="longer than 1 seconds"):
             await bus.call(Convert(stored.id))
-        assert time.perf_counter() - start < 4
+        assert time.perf_counter() - start < 10
 
 
 async def test_long_text_comes_as_an_object_and_costs_little_memory(read: Read) -> None:
@@ -350,17 +352,21 @@ async def test_long_text_comes_as_an_object_and_costs_little_memory(read: Read) 
 
 async def test_one_endless_line(tmp_path: Path) -> None:
     async with running({"convert_files": ConvertFiles(memory=256 << 20)}, tmp_path) as bus:
-        for name in ("line.txt", "line.md"):
-            stored = await bus.put(b"x" * (30 << 20), name)
-            reply = await bus.call(Convert(stored.id), timeout=60)
-            assert (await bus.get(reply.object, tmp_path / "out")).size == 30 << 20
+        stored = await bus.put(b"x" * (30 << 20), "line.md")
+        reply = await bus.call(Convert(stored.id), timeout=60)
+        assert (await bus.get(reply.object, tmp_path / "out")).size == 30 << 20
 
 
-async def test_a_text_file_takes_no_time(read: Read) -> None:
-    await read(b"warm", "a.txt")
-    start = time.perf_counter()
-    await read(b"Opening hours: nine to five.", "a.txt")
-    assert time.perf_counter() - start < 0.5
+def test_a_text_file_imports_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("Opening hours: nine to five.")
+    code = (
+        "import sys; from pathlib import Path; from aiirwkv_convert_files.child import read\n"
+        "read(Path(sys.argv[1], 'file'), Path(sys.argv[1], 'text'), 'a.txt', '')\n"
+        "heavy = {'bs4', 'lxml', 'mammoth', 'openpyxl', 'pptx', 'pypdfium2', 'charset_normalizer', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert (tmp_path / "text").read_text() == "Opening hours: nine to five."
 
 
 async def test_nothing_there(tmp_path: Path) -> None:

@@ -91,7 +91,9 @@ async def test_many_at_once_get_what_each_gets_alone(models: Path, tmp_path: Pat
     plugin = EmbedBge(model=str(models / "m3"), reranker=str(models / "reranker"), batch=2)
     async with running({"embed_bge": plugin}, tmp_path) as bus:
         requests = [Embed([text, *TEXTS], outputs=["dense", "sparse"]) for text in TEXTS]
-        long = [f"{text} " + "tea at the museum, " * 150 for text in TEXTS]  # the tokenizer's truncation is shared state
+        long = [
+            f"{text} " + "tea at the museum, " * 150 for text in TEXTS
+        ]  # the tokenizer's truncation is shared state
         pairs = [Rerank(query, long) for query in ("tea", "cake", *long[2:])]
         alone = [await bus.call(request) for request in requests]
         scores = [await bus.call(request) for request in pairs]

@@ -24,7 +24,8 @@ def read_pdf(path: Path, name: str, out: Output) -> None:
             raise Unreadable("the PDF has no pages") from error
         raise Unreadable(f"damaged: the PDF is cut off or broken ({error})") from error
     with pdf:
-        out.title = pdf.get_metadata_value("Title").strip("\0 ")
+        title = pdf.get_metadata_value("Title").strip("\0 ")
+        out.title = "" if title.lower() == "untitled" else title
         scanned = broken = 0
         for number in range(len(pdf)):
             try:
