@@ -151,7 +151,7 @@ class JobRunner:
             await self._fail(msg, job, f"gave up after {STALLED} tries in a row without progress: {cause}", 500)
             return None
         job.attempt += 1
-        job.state = "running"
+        job.state, job.note = "running", ""
         await save(self.bus, job)
         return job
 

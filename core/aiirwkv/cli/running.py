@@ -6,8 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +98,16 @@ async def worker(
 
     logs.to_stderr()
     config, data = state.config, state.data
-    async with _lifetime():
-        async with Bus.connect(_where(config, data, url, credentials), process) as bus:
-            await logs.to_bus(bus, process)
-            broken: dict[str, str] = {}
-            registry = build(list(plugins), config, data, bus, broken if supervised else None)
-            async with serving(bus, registry, config, process, broken if supervised else None) as served:
-                for cause in broken.values():
-                    logging.getLogger("aiirwkv").error("%s", cause)
-                names = ", ".join(name for name in registry.plugins if name != "core") or "nothing"
-                logging.getLogger("aiirwkv").info("worker %s serves %s", served.id, names)
-                await _until_ended()
+    async with Bus.connect(_where(config, data, url, credentials), process) as bus:
+        await logs.to_bus(bus, process)
+        broken: dict[str, str] = {}
+        registry = build(list(plugins), config, data, bus, broken if supervised else None)
+        async with serving(bus, registry, config, process, broken if supervised else None) as served:
+            for cause in broken.values():
+                logging.getLogger("aiirwkv").error("%s", cause)
+            names = ", ".join(name for name in registry.plugins if name != "core") or "nothing"
+            logging.getLogger("aiirwkv").info("worker %s serves %s", served.id, names)
+            await _ended()
 
 
 @cli.command()
@@ -119,6 +117,8 @@ async def web(state: State) -> None:
     """Serve only the web page, for a system that runs."""
     from importlib.metadata import entry_points
 
+    import anyio
+
     from .. import logs
     from ..bus import Bus
 
@@ -127,10 +127,11 @@ async def web(state: State) -> None:
     pages = list(entry_points(group="aiirwkv.web"))
     if not pages:
         raise ConfigError("no web page is installed; pip install aiirwkv-webui")
-    async with _lifetime():
-        async with Bus.connect(_where(config, data), "web") as bus:
-            await logs.to_bus(bus, "web")
-            await pages[0].load()(bus, config.web, data)
+    async with Bus.connect(_where(config, data), "web") as bus, anyio.create_task_group() as tasks:
+        await logs.to_bus(bus, "web")
+        tasks.start_soon(pages[0].load(), bus, config.web, data)
+        await _ended()
+        tasks.cancel_scope.cancel()
 
 
 def _where(config: Config, data: Path, url: str | None = None, credentials: str | None = None) -> Any:
@@ -147,41 +148,29 @@ def _where(config: Config, data: Path, url: str | None = None, credentials: str 
     raise ConfigError(f"no bus to connect to: nothing runs on {data}; start aiirwkv up, or name one with [bus] url")
 
 
-@asynccontextmanager
-async def _lifetime() -> AsyncIterator[None]:
-    """Ends the block at SIGINT or SIGTERM, or when the supervisor is gone; leaves time to finish what runs."""
+async def _ended() -> None:
+    """Wait for SIGINT, SIGTERM, or the end of the supervisor; from then on this process has a minute to live."""
     import anyio
 
     async with anyio.create_task_group() as tasks:
 
-        def end() -> None:
-            timer = threading.Timer(45, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
-            tasks.cancel_scope.cancel()
-
         async def on_signal() -> None:
             with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async for _ in signals:
-                    end()
-                    return
+                    break
+            tasks.cancel_scope.cancel()
 
         async def on_orphaned(parent: int) -> None:
             while os.getppid() == parent:
                 await anyio.sleep(1)
-            end()
+            tasks.cancel_scope.cancel()
 
         tasks.start_soon(on_signal)
         if parent := os.environ.get("AIIRWKV_SUPERVISOR"):
             tasks.start_soon(on_orphaned, int(parent))
-        yield
-        tasks.cancel_scope.cancel()
-
-
-async def _until_ended() -> None:
-    import anyio
-
-    await anyio.sleep_forever()
+    timer = threading.Timer(60, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 @cli.command()
