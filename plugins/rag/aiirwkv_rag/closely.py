@@ -8,21 +8,24 @@ when it stands in the sentence and is of the kind that the question expects.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from .evidence import Evidence
+from aiirwkv import Generate, Message
+
+from .evidence import ANSWER, Evidence
 from .expect import closed, offers
+from .prompts import say
+from .turn import Turn
 from .words import alike, content
 
-__all__ = ["Reading", "quote", "read", "standing"]
+__all__ = ["Reading", "clause", "read", "standing", "write"]
 
 Ask = Callable[[str], Awaitable[str]]
 """Give the model a text to read, and get what it answers."""
 
 _COMMA = re.compile(r",\s+")
 _CLAUSE = re.compile(r"\s*(?:;|,?\s+(?:and|but|while|whereas)\b|[.!?](?=\s+[A-Z]))\s+")
-_ANSWER = re.compile(r"^.*[?？]\s*")
 _PADDING = re.compile(
     r"\W*(?:(?:the|an?|in|on|at|to|by|from|for|of|is|are|it|they|their|his|her|its|our)\s+)+$", re.IGNORECASE
 )
@@ -30,8 +33,30 @@ _ABBREVIATION = re.compile(r"(?:\b\w\.\w|\b(?:Prof|Dr|Mr|Mrs|Ms|St))\.$")
 _NAME = r"(?!(?:The|An?|In|On|At|By|To|For|From|Our|His|Her|Its|When|Call|Ask)\b)[A-Z][\w'’-]*\.?"
 _FIGURE = r"(?:\d[\d.:]*\w*|[Nn]oon|[Mm]idnight|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?)"
 _RANGE = r"(?:\s*[–-]\s*|\s+(?:and|or|to|until|till|by)\s+)"
-_LEFT = re.compile(rf"(?:{_NAME}\s+|{_NAME}\s+(?:and|or)\s+|{_FIGURE}{_RANGE})$")
+_LEFT = re.compile(rf"(?:{_NAME}\s+|{_NAME}\s+(?:and|or)\s+|{_FIGURE}{_RANGE}|[Ee]very\s+)$")
+_PLACE = re.compile(rf"\s+(?:in|of|at|near)\s+{_NAME}")
 _RIGHT = re.compile(rf"(?:\s+{_NAME}|\s+(?:and|or)\s+{_NAME}|{_RANGE}{_FIGURE})")
+
+
+async def write(turn: Turn) -> AsyncGenerator[str, None]:
+    """The model's answer if it stands in the sources, else the sentence that fits best, else a refusal."""
+
+    async def ask(text: str) -> str:
+        return await turn.complete(Generate(messages=[Message("user", turn.question)], documents=[text]))
+
+    if not turn.evidence:
+        yield turn.refuse()
+        return
+    reading = await read(turn.question, turn.evidence, ask, str(turn.model.card.get("refusal", "")))
+    best = reading.evidence
+    turn.receipt.prompt = best.reading
+    turn.note({best.rank: "it holds the sentence that fits best"})
+    if turn.gated and (reading.strength < turn.settings.confidence or best.similarity < turn.settings.weak):
+        yield turn.refuse()
+        return
+    turn.answer.supported = bool(reading.answer)
+    turn.answer.citations = [best.cite(1, reading.strength)]
+    yield f"{reading.answer} [1]" if reading.answer else say("quoted", turn.question, quote=best.quote)
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,7 @@ def clause(question: str, text: str) -> str:
 
     A later clause leaves out what the earlier ones said, so its words count together with theirs.
     """
-    text = _ANSWER.sub("", text) or text
+    text = ANSWER.sub("", text) or text
     words = set(content(question))
     for pattern in (_COMMA, _CLAUSE):
         parts = [part for part in pattern.split(text) if len(part.split()) > 2 and offers(question, part) is not False]
@@ -104,7 +129,9 @@ def _complete(text: str, start: int, end: int) -> tuple[int, int]:
     while start and text[start - 1].isalnum() and text[start].isalnum():
         start -= 1
     end += len(re.match(r"[^\s,;:!?()\"“”]*", text[end:])[0])  # type: ignore[index]
-    if text[start].isupper() or text[start].isdigit():
+    if place := _PLACE.match(text[end:]):
+        end += place.end()
+    if text[start].isupper() or text[start].isdigit() or re.search(r"[Ee]very\s+$", text[:start]):
         while left := _LEFT.search(text[:start]):
             start = left.start()
         while right := _RIGHT.match(text[end:]):
@@ -112,9 +139,3 @@ def _complete(text: str, start: int, end: int) -> tuple[int, int]:
     if not _ABBREVIATION.search(text[start:end]):
         end = start + len(text[start:end].rstrip("."))
     return start, end
-
-
-def quote(evidence: Evidence) -> str:
-    """The sentence as it is quoted: of a question with its answer, the answer."""
-    text = evidence.sentence.plain
-    return _ANSWER.sub("", text) or text

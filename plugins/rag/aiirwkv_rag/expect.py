@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from .words import alike, content, names
+from .words import alike, content, names, stem
 
 __all__ = ["closed", "offers"]
 
@@ -24,6 +24,10 @@ _COUNT = rf"(?:\d[\d.,]*|\b(?:{'|'.join(_NUMERALS.split())})\b)"
 _NUMBER = rf"(?:{_COUNT}|\b(?:half|an?|couple|twice|once)\b)"
 _MONTH = r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b"
 _DAY = r"\b(?:(?:mon|tues|wednes|thurs|fri|satur|sun)days?|weekdays?|weekends?)\b"
+_ORDINAL = (
+    r"\d(?:st|nd|rd|th)\b|\b(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last)\s+"
+    r"(?:day|week|month|year)|" + _DAY
+)
 _CLOCK = (
     r"\b\d{1,2}[:.]\d{2}\b|\b\d{1,2}\s?[ap]\.?m\b|\bnoon|\bmidnight|o'clock|\ball day|\bany (?:time|hour)|\bhalf past|"
     rf"\bquarter (?:to|past)|\b(?:at|from|until|till|to|by|before|after|between|past)\s+{_COUNT}"
@@ -31,13 +35,15 @@ _CLOCK = (
 _YEAR = r"\b1\d{3}s?\b|\b20\d\ds?\b"
 _SEASON = r"centur|\b(?:spring|summer|autumn|fall|winter)\b"
 _DATE = (
-    rf"{_DAY}|{_MONTH}|{_YEAR}|{_SEASON}|\bclosed\b|daily|weekly|monthly|yearly|annual|every|morning|afternoon|evening|"
+    rf"{_DAY}|{_MONTH}|{_YEAR}|{_SEASON}|{_ORDINAL}|\bclosed\b|daily|weekly|monthly|yearly|annual|every|morning|"
+    r"afternoon|evening|"
     r"night|tomorrow|today|yesterday|\b(?:before|after|during|when|while|once|until|since|within|as soon as|ago|later|"
     r"earlier)\b"
 )
 _SPAN = r"(?:second|minute|hour|day|night|week|month|year|decade|centur)"
 _LENGTH = (
-    r"(?:m|cm|mm|km|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|feet|foot|ft|inch(?:es)?|yards?|stor(?:ey|ies|y)s?)\b"
+    r"(?:m|cm|mm|km|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|feet|foot|ft|inch(?:es)?|yards?|stor(?:ey|ies|y)s?|"
+    r"characters?|words?|pages?)\b"
 )
 _AREA = r"(?:hectares?|acres?|square|sq|m²|km²|litres?|liters?|seats?|rooms?|floors?|gb|mb|tb)\b"
 _WEIGHT = r"(?:kg|g|kilo(?:gram)?s?|grams?|pounds?|lbs?|tons?|tonnes?|ounces?)\b"
@@ -46,8 +52,8 @@ _MONEY = (
     r"included|no (?:extra )?charge|per ?cent)\b"
 )
 _PERSON = (
-    r"\b(?:everyone|everybody|anyone|nobody|people|persons?|child(?:ren)?|adults?|students?|pupils?|guests?|members?|"
-    r"visitors?|staff|employees?|teachers?|parents?|owners?|seniors?|residents?|groups?|team|department|company|"
+    r"\b(?:everyone|everybody|anyone|nobody|child(?:ren)?|adults?|students?|pupils?|guests?|members?|"
+    r"visitors?|staff|employees?|teachers?|parents?|owners?|seniors?|residents?|groups?|team|department|"
     r"mother|father|sister|brother|son|daughter|wife|husband|neighbours?|managers?|caretaker|technicians?)\b"
 )
 _PLACE = (
@@ -61,7 +67,7 @@ _STREET = (
 )
 _APART = frozenset(("for", "per", "at", "from", "until", "and", "euros", "pounds"))
 _LINKS = frozenset(("with", "is", "are", "was", "were", "of", "at", "only", "about"))
-_PHONE = r"\d[\d ()/-]{2,}\d|\bextension \d"
+_PHONE = r"(?:\d[ ()/-]{0,2}){5,}|\bextension \d|\b(?:call|dial|phone|tel)\w*\W+(?:\w+\W+){0,4}\d{3}"
 
 
 def _has(*patterns: str, case: int = re.IGNORECASE) -> Offer:
@@ -69,8 +75,15 @@ def _has(*patterns: str, case: int = re.IGNORECASE) -> Offer:
     return lambda question, sentence: found(sentence) is not None
 
 
-def _names(question: str, sentence: str) -> bool:
-    return bool(names(sentence) - names(question, first=True)) or bool(re.search(_PERSON, sentence, re.IGNORECASE))
+def _named(question: str, sentence: str) -> bool:
+    """A name that the question does not say itself."""
+    return bool(names(sentence) - names(question, first=True))
+
+
+def _persons(question: str, sentence: str) -> bool:
+    """A name, or a kind of people that the question does not say itself."""
+    kinds = {stem(word) for word in re.findall(_PERSON, sentence, re.IGNORECASE)}
+    return _named(question, sentence) or bool(kinds - set(content(question)))
 
 
 def _counts(question: str, sentence: str) -> bool:
@@ -102,9 +115,9 @@ _KINDS: list[tuple[str, Offer]] = [
     (r"\bweb ?(?:site|page|address)|\burl\b", _has(r"www\.|https?:|\.[a-z]{2,}\b")),
     (
         r"\bwhom?\b.*\b(?:call|phone|ring)\b",
-        lambda question, text: _names(question, text) or _has(_PHONE)(question, text),
+        lambda question, text: _persons(question, text) or _has(_PHONE)(question, text),
     ),
-    (r"phone|\bnumber\b.*\b(?:call|dial|ring)|\bcall\b.*\bnumber|hotline|\bfax\b", _has(_PHONE)),
+    (r"phone|\bextension\b|\bnumber\b.*\b(?:call|dial|ring)|\bcall\b.*\bnumber|hotline|\bfax\b", _has(_PHONE)),
     (r"\bhow many\b", _counts),
     (
         r"\bhow (?:old|young)\b|\bage\b",
@@ -122,19 +135,22 @@ _KINDS: list[tuple[str, Offer]] = [
     (r"\bhow (?:large|big|small)\b", _has(rf"{_NUMBER}[ -]*(?:{_LENGTH}|{_AREA}|by\b|{_WEIGHT})", r"\bsize\b")),
     (r"\bhow heavy\b|\bweigh", _has(rf"{_NUMBER}[ -]*{_WEIGHT}")),
     (
-        r"\b(?:costs?|prices?|pay|fees?|fares?|charged?|expensive)\b|\bhow much (?:is|are|was|were|for)\b",
+        r"\bhow much (?:is|are|was|were|for)\b|"
+        r"^(?!\W*(?:when|where|who|why|how (?!much))\b).*\b(?:costs?|prices?|pay|fees?|fares?|charged?|expensive)\b",
         _has(_MONEY),
     ),
     (r"\bhow much\b|\bhow fast\b", _has(_NUMBER)),
+    (r"\b(?:what|which) day", _has(_DAY, _MONTH, _ORDINAL, r"daily|every day|today|tomorrow|yesterday")),
     (r"\b(?:what|which) year", _has(r"\b\d{3,4}s?\b")),
     (r"\bwhen\b.*\bclose\b|\bhow late\b", _has(_CLOCK, _MONTH, _SEASON, r"\bclosed: ", rf"{_DAY}: ")),
     (r"\bwhat time|\bopening hours", _has(_CLOCK, r"morning|evening|night|closed|daily")),
     (
-        r"\bwhen\b|\b(?:what|which) (?:day|date|month|season|century|decade)|\bhow (?:early|soon)\b",
+        r"\bwhen\b|\b(?:what|which) (?:date|month|season|century|decade)|\bhow (?:early|soon)\b",
         _has(_CLOCK, _DATE, rf"{_COUNT}[ -]*{_SPAN}"),
     ),
     (r"\bhow often\b", _has(r"every|daily|weekly|monthly|year|twice|once|times|each", _DAY)),
-    (r"^\W*who|\bwhom\b|\bwhose\b|'s name\b|\bname of the \w+(?:er|or|ist|ant|man|woman|ian)\b", _names),
+    (r"'s name\b|\bname of the \w+(?:er|or|ist|ant|man|woman|ian)\b", _named),
+    (r"^\W*who|\bwhom\b|\bwhose\b", _persons),
     (r"\baddress\b", _has(_STREET, case=0)),
     (r"\bwhere\b", _has(_PLACE)),
     (r"\b(?:which|what)\s", _things),

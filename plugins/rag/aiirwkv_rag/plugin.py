@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from aiirwkv import Chat, ChatChunk, Context, Generate, Message, Model, Models, NoWorker, Plugin, Search, hookimpl
+from aiirwkv import Chat, ChatChunk, Context, Generate, Message, Model, Models, NoWorker, Plugin, hookimpl
 
+from . import closely, widely
 from .condense import complete, conversation
 from .prompts import say
 from .turn import Turn
@@ -25,7 +26,7 @@ REMEMBERED = 5.0
 class Rag(Plugin):
     """Answers questions from collections, with citations; refuses when they do not say."""
 
-    confidence: float = 0.42
+    confidence: float = 0.47
     """A demonstration model's evidence must answer the question with this probability, or the answer is a refusal."""
     weak: float = 0.25
     """Refuse at once when no sentence shares a word with the question or is as similar to it as this (cosine)."""
@@ -35,32 +36,38 @@ class Rag(Plugin):
     @hookimpl
     async def chat(self, request: Chat, ctx: Context) -> AsyncIterator[ChatChunk]:
         request.need("question")
-        model = await self._model(ctx.bus, request.model or "")
-        turn = Turn(request, ctx.bus, model, self.confidence, self.weak, self.support)
+        turn = Turn(request, ctx.bus, await self._model(ctx.bus, request.model or ""), self)
         yield ChatChunk(stage=f"searching {', '.join(request.collections) or 'all collections'}")
-        query = await self._query(turn)
-        await turn.search(Search(query, request.collections, request.top, mode=request.search, where=request.where))
+        await turn.search(await self._query(turn))
         yield ChatChunk(stage=f"reading {len(turn.hits)} passage{'s' * (len(turn.hits) != 1)}")
         await turn.weigh()
         yield ChatChunk(receipt=turn.receipt)
         yield ChatChunk(stage="writing")
-        async with aclosing(turn.write()) as pieces:
-            async for piece in pieces:
-                yield ChatChunk(text=piece)
+        with turn.stage("write"):
+            async with aclosing(self._write(turn)) as pieces:
+                async for piece in pieces:
+                    turn.answer.answer += piece
+                    yield ChatChunk(text=piece)
+        turn.answer.receipt = turn.receipt
         yield ChatChunk(answer=turn.answer)
+
+    def _write(self, turn: Turn) -> AsyncGenerator[str, None]:
+        if turn.gated and turn.hopeless:
+            return turn.without_sources()
+        return closely.write(turn) if turn.model.demonstration else widely.write(turn)
 
     async def _query(self, turn: Turn) -> str:
         """What to search for: the question, made complete from the conversation when it refers to it."""
-        question, earlier = turn.request.question, conversation(turn.request.messages)
+        earlier = conversation(turn.request.messages)
         if not earlier:
-            return question
+            return turn.question
         if turn.model.demonstration:
-            return complete(question, earlier)
-        lines = "\n".join(f"{message.role}: {message.content}" for message in earlier)
-        asked = say("condense", question, conversation=lines, question=question)
-        written = await turn.say(Generate(messages=[Message("user", asked)], max_tokens=80, temperature=0.0))
-        lines_written = written.strip().splitlines()
-        return lines_written[0] if lines_written else complete(question, earlier)
+            return complete(turn.question, earlier)
+        said = "\n".join(f"{message.role}: {message.content}" for message in earlier)
+        asked = say("condense", turn.question, conversation=said, question=turn.question)
+        asking = Generate(messages=[Message("user", asked)], max_tokens=80, temperature=0.0)
+        written = (await turn.complete(asking)).strip()
+        return written.splitlines()[0] if written else complete(turn.question, earlier)
 
     async def _model(self, bus: Bus, wanted: str) -> Model:
         """The model's card: the one that is asked for by [plugin/]name, else the default; unknown ones are blank."""

@@ -9,9 +9,10 @@ __all__ = ["fill", "language", "say"]
 _TEXTS = {
     "en": {
         "sources": "Answer the question from the numbered documents only, in the language of the question. After "
-        "each sentence name the documents it rests on, like [1]. If they do not answer it, write exactly: {refusal}",
-        "free": "Answer the question, in its language. Where a sentence rests on a numbered document, name it after the "
-        "sentence, like [1].",
+        "each sentence name the documents it rests on, like [1]. If they do not answer it, write exactly: "
+        "{refusal}",
+        "free": "Answer the question, in its language. Where a sentence rests on a numbered document, name it after "
+        "the sentence, like [1].",
         "refusal": "The documents do not say.",
         "condense": "Rewrite the last question so that it can be understood without the conversation. Write only the "
         "question.\n\n{conversation}\n\nLast question: {question}",

@@ -33,6 +33,9 @@ _MARK = re.compile(r"^\s*(?:[-*+•‣▪]\s+|\(?\d{1,3}[.)]\s+|>\s+|[QA]:\s*)")
 _HEADING = re.compile(r"^\s{0,3}#{1,6}\s+(.*?)\s*#*$")
 _RULE = re.compile(r"^\s*(?:[-=*_]{3,}|\|?[\s:|-]+\|[\s:|-]*)$")
 _STOP = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[”’」』）]*")
+_CLOSING = "”’」』）"
+_NUMBERING = re.compile(r"\s*\(?\d{1,3}\.")
+_BARE_YES = re.compile(r"[?？]\s*(?:A:\s*)?\w+[.!]$")
 _LAST_WORD = re.compile(r"[^\s(\[]+$")
 
 
@@ -78,21 +81,21 @@ def _cut(block: str) -> Iterator[tuple[int, int]]:
     """The sentences of one block, without the blanks around them."""
     start = 0
     for stop in _STOP.finditer(block):
-        if _ends_sentence(block, stop):
+        if _ends_sentence(block, start, stop):
             yield from _trim(block, start, stop.end())
             start = stop.end()
     yield from _trim(block, start, len(block))
 
 
-def _ends_sentence(block: str, stop: re.Match[str]) -> bool:
+def _ends_sentence(block: str, start: int, stop: re.Match[str]) -> bool:
+    after = block[stop.end() : stop.end() + 1]
     if stop[0][0] != ".":
-        return True
+        return not (stop[0][-1] in _CLOSING and after.isalnum())
     word = _LAST_WORD.search(block, 0, stop.start())
     last = word[0].lower() if word else ""
-    if last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()) or _MARK.match(block[: stop.end()] + " "):
+    if last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha()) or _NUMBERING.fullmatch(block[start : stop.end()]):
         return False
-    rest = block[stop.end() :].lstrip()
-    return not rest[:1].islower()
+    return not block[stop.end() :].lstrip()[:1].islower()
 
 
 def _trim(block: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -114,6 +117,7 @@ def _join_questions(text: str, sentences: list[Sentence]) -> list[Sentence]:
 
 
 def _answers(question: Sentence, answer: Sentence, between: str) -> bool:
-    marks = ("?", "？")
+    """Whether a sentence answers the one before, or says more after a bare yes or no."""
+    open_ = question.text.endswith(("?", "？")) or _BARE_YES.search(question.text)
     near = between.count("\n") < 3 and question.heading == answer.heading
-    return near and question.text.endswith(marks) and not answer.text.endswith(marks)
+    return bool(open_) and near and not answer.text.endswith(("?", "？"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import lru_cache
 
 __all__ = ["alike", "content", "names", "stem", "topical", "topical_words"]
 
@@ -16,8 +16,8 @@ put take takes taken took need needs want find make makes made use used goes go 
 """
 _FUNCTION = frozenset(_FUNCTION_WORDS.split())
 _ANSWER_WORDS = """
-cost costs price prices pay fee fees fare charge phone telephone number call email mail address time year day date old
-age name far big large tall high
+cost costs price prices pay fee fees fare charge phone telephone extension number call dial ring reach email mail
+address time year day date age name
 """
 _KIND_WORDS = frozenset(_ANSWER_WORDS.split())
 _IRREGULAR_FORMS = """
@@ -27,6 +27,12 @@ sent:send shut:close sold:sell spent:spend spoke:speak spoken:speak stood:stand 
 wrote:write written:write children:child men:man women:woman people:person
 """
 _IRREGULAR = dict(pair.split(":") for pair in _IRREGULAR_FORMS.split())
+_SAME_MEANING = """
+begin:start buy:sell purchas:sell pictur:photo photograph:photo telephon:phone bicycl:bike cycl:bike kid:child
+shop:store mend:repair lead:head manag:run car:vehicl
+"""
+_SYNONYMS = dict(pair.split(":") for pair in _SAME_MEANING.split())
+_DEGREE = re.compile(r"\bhow\s+(?!to\b|do|does|can)\w+", re.IGNORECASE)
 _DAYS = {day: "weekday" for day in ("monday", "tuesday", "wednesday", "thursday", "friday")}
 _WORD = re.compile(r"[^\W_]+(?:['’.][^\W_]+)*")
 _EAST_ASIAN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
@@ -34,9 +40,9 @@ _ENDINGS = (("ies", "y"), ("sses", "ss"), ("ing", ""), ("ed", ""), ("es", ""), (
 _DERIVED = ("er", "or", "r", "ist", "ion", "ation", "ment", "al", "ness", "ship", "ity")
 
 
-@cache
+@lru_cache(50_000)
 def stem(word: str) -> str:
-    """An English word in lower case, without its commonest endings."""
+    """An English word in lower case, without its commonest endings; one word for a few that mean the same."""
     word = word.lower().replace("’", "'").removesuffix("'s").removesuffix("'")
     word = _IRREGULAR.get(word, word)
     for ending, put in _ENDINGS:
@@ -44,8 +50,10 @@ def stem(word: str) -> str:
             word = word.removesuffix(ending) + put
             break
     if len(word) > 4 and word[-1] == word[-2]:
-        return word[:-1]
-    return word.removesuffix("e") if len(word) > 4 else word
+        word = word[:-1]
+    elif len(word) > 4:
+        word = word.removesuffix("e")
+    return _SYNONYMS.get(word, word)
 
 
 def content(text: str) -> list[str]:
@@ -62,6 +70,7 @@ def content(text: str) -> list[str]:
 
 def topical_words(question: str) -> list[str]:
     """The words of a question that carry meaning, without those that only say what kind of answer it expects."""
+    question = _DEGREE.sub("", question)
     return [word for word in _WORD.findall(question) if word.lower() not in _KIND_WORDS | _FUNCTION]
 
 
@@ -70,7 +79,7 @@ def topical(question: str) -> list[str]:
     return content(" ".join(topical_words(question)))
 
 
-@cache
+@lru_cache(50_000)
 def alike(a: str, b: str) -> bool:
     """Whether two stems are of one word family: own and owner, member and membership."""
     if _DAYS.get(a, a) == b:
