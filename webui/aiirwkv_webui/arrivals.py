@@ -40,7 +40,7 @@ class Arrivals:
 
     def build(self) -> None:
         """Lay out the empty list."""
-        self._list = tag("ul", classes="rows", aria_label="Files on their way", aria_live="polite")
+        self._list = tag("ul", classes="files", aria_label="Files on their way", aria_live="polite")
         ui.on("upload", self._uploading)
 
     @property

@@ -105,7 +105,7 @@ class Row:
     """A file on its way or arrived: name, state in words, a bar while something runs, and what can be done."""
 
     def __init__(self, name: str, on_open: Callable[..., Any] | None = None) -> None:
-        with tag("li", classes="row") as self.element:
+        with tag("li", classes="file") as self.element:
             self._icon = tag("span", classes="state")
             with tag("div", classes="about"):
                 if on_open:
@@ -135,7 +135,7 @@ class Row:
         if shown == self._shown:
             return
         self._shown = shown
-        self.element.classes(replace=f"row {state}")
+        self.element.classes(replace=f"file {state}")
         self._icon.clear()
         with self._icon:
             icon(symbol)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
 from aiirwkv import Answer, Citation
@@ -49,7 +49,7 @@ class TurnView:
 
     def _reset(self) -> None:
         self._blocks: list[ui.html] = []
-        self._shown: list[str] = []
+        self._shown: list[tuple[str, tuple[int, ...]]] = []
         self._ticked = 0
         self._body.clear()
         self._body.classes(remove="refused unsupported")
@@ -63,6 +63,8 @@ class TurnView:
             self._show_stages()
             self._show_text(self.turn.text, ANY)
             await asyncio.sleep(TICK)
+            if self._body.is_deleted:  # the tab is gone, or shows another conversation
+                return
         self._finish()
 
     def _finish(self) -> None:
@@ -118,18 +120,18 @@ class TurnView:
                     tag("span", stage)
 
     def _show_text(self, text: str, citations: Collection[int]) -> None:
-        """One element per paragraph, so that a finished one is never sent again."""
-        html = [markdown(block, citations) for block in paragraphs(text)]
+        """One element per paragraph, so that a finished one is neither made nor sent again."""
+        wanted = [(block, tuple(citations)) for block in paragraphs(text)]
         with self._body:
-            for number, block in enumerate(html):
+            for number, block in enumerate(wanted):
                 if number == len(self._blocks):
-                    self._blocks.append(ui.html(block, sanitize=False))
+                    self._blocks.append(ui.html(markdown(*block), sanitize=False))
                 elif self._shown[number] != block:
-                    self._blocks[number].content = block
-        for surplus in self._blocks[len(html) :]:
+                    self._blocks[number].content = markdown(*block)
+        for surplus in self._blocks[len(wanted) :]:
             surplus.delete()
-        del self._blocks[len(html) :]
-        self._shown = html
+        del self._blocks[len(wanted) :]
+        self._shown = wanted
 
     def _cite(self, number: Any) -> Any:
         """Open the source that a chip stands for."""
@@ -163,6 +165,11 @@ class Composer:
                 self._place = tag("span", classes="act")
         self.busy(False)
         return element
+
+    def keep(self, tab: MutableMapping[str, Any]) -> None:
+        """Keep the draft where a reload does not lose it."""
+        self.text.value = tab.get("draft", "")
+        self.text.on_value_change(lambda event: tab.update(draft=event.value))
 
     def busy(self, busy: bool) -> None:
         """Whether Stop stands where Send was."""

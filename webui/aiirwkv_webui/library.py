@@ -167,7 +167,7 @@ class Library:
     @ui.refreshable_method
     def _listed(self) -> None:
         """The documents of the chosen collection."""
-        with tag("ul", classes="rows documents", aria_label="Documents of the collection"):
+        with tag("ul", classes="files documents", aria_label="Documents of the collection"):
             for document in self.documents[:SHOWN]:
                 self._document(document)
             if len(self.documents) > SHOWN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from aiirwkv import AiirwkvError, Citation, Document, Models
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from aiirwkv.config import Web
 
 SAMPLE_QUESTIONS = ["When does breakfast start?", "What is the Wi-Fi password?", "How much does a bicycle cost?"]
-HEAD = (
-    '<link rel="stylesheet" href="/static/tokens.css"><link rel="stylesheet" href="/static/app.css">'
-    '<script src="/static/app.js"></script>'
-)
+STYLES = ("tokens", "base", "library", "conversation", "receipt", "source", "narrow")
+VERSION = version("aiirwkv-webui")
+HEAD = "".join(f'<link rel="stylesheet" href="/static/{name}.css?{VERSION}">' for name in STYLES)
+HEAD += f'<script src="/static/app.js?{VERSION}"></script>'
 DEMONSTRATION = "Built-in demonstration model, for short questions in English · a real one is set in config.toml"
 
 
@@ -75,7 +76,7 @@ class Room:
         """Fill the page and keep it true, until cancelled."""
         with client:
             self._talk = app.storage.tab.setdefault("talk", self._talk)
-            self._composer.text.bind_value(app.storage.tab, "draft")
+            self._composer.keep(app.storage.tab)
             self._talk.join()
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -104,7 +105,8 @@ class Room:
     async def _follow(self, view: TurnView) -> None:
         self._composer.busy(True)
         await view.follow()
-        self._composer.busy(False)
+        if not self._turns.is_deleted:
+            self._composer.busy(False)
 
     def _new(self) -> None:
         self._talk.stop()

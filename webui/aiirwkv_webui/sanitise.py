@@ -35,7 +35,7 @@ def markdown(text: str, citations: Collection[int] = ()) -> str:
 def paragraphs(text: str) -> list[str]:
     """The top-level blocks of a Markdown text; while it grows at its end, all but the last are final."""
     lines = text.splitlines(keepends=True)
-    starts = [token.map[0] for token in _MARKDOWN.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
+    starts = [token.map[0] for token in _BLOCKS.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
     return ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=False)]
 
 
@@ -104,3 +104,5 @@ def _parser() -> MarkdownIt:
 
 
 _MARKDOWN = _parser()
+_BLOCKS = _parser()
+_BLOCKS.core.ruler.enableOnly(["normalize", "block"])

@@ -82,6 +82,7 @@ def build(bus: Bus, web: Web, data: Path) -> FastAPI:
         dark=None,
         language="en-US",
         reconnect_timeout=10,
+        binding_refresh_interval=None,
         tailwind=False,
         gzip_middleware_factory=None,  # Guard reads the pages
         storage_secret=secret(data / "secret"),

@@ -120,8 +120,11 @@ const aiirwkv = (() => {
   const watch = () => {
     const scroll = document.getElementById("scroll");
     if (!scroll) return setTimeout(watch, 50);
+    let top = 0;
     scroll.addEventListener("scroll", () => {
-      atEnd = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+      const near = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+      if (near || scroll.scrollTop < top) atEnd = near; // only the reader scrolls up
+      top = scroll.scrollTop;
     });
     new MutationObserver(() => atEnd && toEnd()).observe(scroll, { childList: true, subtree: true, characterData: true });
   };
