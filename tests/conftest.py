@@ -65,16 +65,16 @@ def descendants(data: Path) -> list[int]:
     """Processes that work on a data directory."""
     found = []
     for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
         try:
-            if (
-                entry.name.isdigit()
-                and str(data).encode() in (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
-            ):
-                if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    found.append(int(entry.name))
+            words = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+            zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if str(data).encode() in words and not zombie:
+                found.append(int(entry.name))
         except OSError:
             continue
-    return [pid for pid in found if pid != os.getpid()]
+    return found
 
 
 @pytest.fixture(scope="session")
