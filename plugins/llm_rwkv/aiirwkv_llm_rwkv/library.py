@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -55,13 +55,20 @@ class Files:
         """Raises PluginError when a file is not the one that the card was written for."""
         for name, expected in self.card.sha256.items():
             path = self.weights.with_name(name)
-            try:
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise PluginError(f"the model file {path} cannot be read: {error.strerror}") from None
-            if found != expected:
+            if _sha256(path) != expected:
                 raise PluginError(f"the model file {path} is damaged or another one: its sha256 is not its card's")
+
+    def sha256(self) -> str:
+        """Of the weights: what the card says, to which `verify` holds it; without a card, from the file."""
+        return self.card.sha256.get(self.weights.name) or _sha256(self.weights)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PluginError(f"the model file {path} cannot be read: {error.strerror}") from None
 
 
 def known(folders: Sequence[Path]) -> dict[str, Files]:
@@ -87,9 +94,10 @@ def find(model: str, folders: Sequence[Path]) -> Files:
     raise PluginError(unknown("model", model, models) + ", and no file has this name")
 
 
-def unknown(kind: str, name: str, names: Sequence[str] | dict[str, Files]) -> str:
+def unknown(kind: str, name: str, names: Iterable[str]) -> str:
     """What to say when there is no such thing."""
-    close = get_close_matches(name, list(names), 1)
+    names = sorted(names)
+    close = get_close_matches(name, names, 1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    there = f"there are: {', '.join(sorted(names))}" if names else "there are none"
+    there = f"there are: {', '.join(names)}" if names else "there are none"
     return f"no {kind} {name!r}{hint}; {there}"

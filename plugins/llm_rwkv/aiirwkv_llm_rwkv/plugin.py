@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
-from aiirwkv import Plugin, hookimpl
+from aiirwkv import Context, Plugin, hookimpl
 from aiirwkv.errors import BadRequest, NotFound, PluginError, ServiceError
 from aiirwkv.types import Chunk, Generate, Model, Models, ModelsReply
 
 from .card import Sampling
 from .library import BUILT_IN, Files, find, known, unknown
+from .tuned import TunedStates, states_folder
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,10 @@ class LlmRwkv(Plugin):
         from .engine import Engine
         from .tokenizer import Tokenizer
 
+        self._states = TunedStates(states_folder(self.data))
         self._files = find(self.model, self._folders)
         self._files.verify()
+        self._sha256 = ""
         device = _device(self.device)
         self._dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load(self._files.weights, device, self._dtype)
@@ -113,7 +116,7 @@ class LlmRwkv(Plugin):
         }
 
     @hookimpl
-    async def generate(self, request: Generate) -> AsyncIterator[Chunk]:
+    async def generate(self, request: Generate, ctx: Context) -> AsyncIterator[Chunk]:
         pieces: asyncio.Queue[Chunk | ServiceError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -121,7 +124,7 @@ class LlmRwkv(Plugin):
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        run = await asyncio.to_thread(self._prepare, request, emit)
+        run = await asyncio.to_thread(self._prepare, request, ctx, emit)
         self._engine.submit(run)
         try:
             finish = None
@@ -136,7 +139,7 @@ class LlmRwkv(Plugin):
         finally:
             run.cancel()
 
-    def _prepare(self, request: Generate, emit: Callable[[Chunk | ServiceError], None]) -> Run:
+    def _prepare(self, request: Generate, ctx: Context, emit: Callable[[Chunk | ServiceError], None]) -> Run:
         """The request in tokens, with everything it left out taken from the model's card."""
         from .engine import Run
         from .output import Output
@@ -159,6 +162,9 @@ class LlmRwkv(Plugin):
             tokens = self._engine.tokenizer.encode(prompt)
         except UnicodeEncodeError as error:
             raise BadRequest(f"generate: the prompt holds half a character (a lone surrogate): {error}") from None
+        state = None
+        if request.state:
+            state = self._states.load(request.state, ctx, self._engine.model, self._base_sha256)
         return Run(
             prompt=tokens,
             sampler=Sampler(sampling, request.seed, self._countless),
@@ -167,6 +173,7 @@ class LlmRwkv(Plugin):
             max_tokens=min(sampling.max_tokens, self.LONGEST),
             stop=frozenset(card.stop.tokens),
             logprobs=request.logprobs,
+            state=state,
         )
 
     def _check_names(self, request: Generate) -> None:
@@ -179,20 +186,26 @@ class LlmRwkv(Plugin):
                     f"(set plugins.llm_rwkv.model)"
                 )
             raise NotFound(unknown("model", asked, {**models, self._files.card.name: self._files}))
-        if request.state:
-            raise NotFound(unknown("tuned state", request.state, []))
         if request.adapter:
             raise NotFound(unknown("adapter", request.adapter, []))
 
+    def _base_sha256(self) -> str:
+        self._sha256 = self._sha256 or self._files.sha256()  # a model without a card is hashed when it is first needed
+        return self._sha256
+
     @hookimpl
-    async def models(self, request: Models) -> ModelsReply:
-        if request.action != "list":
+    async def models(self, request: Models, ctx: Context) -> ModelsReply:
+        if request.action == "delete":
+            request.need("name")
+            await asyncio.to_thread(self._states.delete, request.name, ctx)
+        elif request.action != "list":
             raise BadRequest(
-                f"models: llm_rwkv serves only the action `list` yet, not {request.action!r}; "
-                "to use another model, set plugins.llm_rwkv.model"
+                f"models: llm_rwkv serves only the actions `list` and `delete` (of tuned states) yet, "
+                f"not {request.action!r}; to use another model, set plugins.llm_rwkv.model"
             )
         here = {**known(self._folders), self._files.card.name: self._files}
-        return ModelsReply([self._model(files) for files in here.values()])
+        states = await asyncio.to_thread(self._states.models, ctx)
+        return ModelsReply([*map(self._model, here.values()), *states])
 
     def _model(self, files: Files) -> Model:
         card = files.card
