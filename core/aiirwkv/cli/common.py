@@ -9,6 +9,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,7 +62,9 @@ def runs(function: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
         logging.getLogger("nats").setLevel(logging.CRITICAL)
         try:
-            anyio.run(lambda: function(*args, **kwargs))
+            # Twice the requests per second where uvloop is there; the supervisor needs no speed.
+            fast = bool(find_spec("uvloop")) and function.__name__ == "worker"
+            anyio.run(lambda: function(*args, **kwargs), backend_options={"use_uvloop": fast})
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except Exception as exc:

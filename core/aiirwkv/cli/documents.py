@@ -163,12 +163,13 @@ async def ask(
 
 
 @cli.group(invoke_without_command=True)
+@claim
 @as_json
 @click.pass_context
-def collections(context: click.Context, as_json: bool) -> None:
+def collections(context: click.Context, claim: str | None, as_json: bool) -> None:
     """Manage collections; without a command: list them."""
     if context.invoked_subcommand is None:
-        context.invoke(list_collections, as_json=as_json)
+        context.invoke(list_collections, claim=claim, as_json=as_json)
 
 
 Printer = Callable[..., None]
