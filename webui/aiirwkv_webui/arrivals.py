@@ -46,7 +46,8 @@ class Arrivals:
     @property
     def busy(self) -> bool:
         """Whether files are on their way into the collection looked at."""
-        return bool(self._mine()) or any(not job.over for job in self._pending())
+        uploads = any(not upload.get("error") for upload in self._mine().values())
+        return uploads or any(not job.over for job in self._pending())
 
     @property
     def empty(self) -> bool:

@@ -57,7 +57,7 @@ class Room:
         """Lay it out."""
         with tag("div", classes="room", data_limit=str(self._limit)):
             self._library.build()
-            with tag("main", classes="conversation"):
+            with tag("section", classes="conversation", aria_label="Conversation"):
                 with tag("header", classes="title"):
                     self._title = tag("h1", "")
                     self._facts = tag("span", "", "hint number")

@@ -9,6 +9,9 @@ from aiirwkv import Citation, Considered, Receipt
 
 from .components import button, count, duration, tag
 
+SHADES = 6
+"""Shades that receipt.css has for stages."""
+
 
 def receipt(receipt: Receipt, on_open: Callable[[Citation], Any]) -> None:
     """A fold with the receipt; `on_open` opens a passage."""
@@ -31,12 +34,12 @@ def _stages(receipt: Receipt) -> None:
     whole = sum(stage.seconds for stage in receipt.stages) or 1
     with tag("div", classes="stages", aria_hidden="true"):
         for number, stage in enumerate(receipt.stages):
-            part = tag("div", classes=f"stage shade-{number % 4}", title=stage.name)
+            part = tag("div", classes=f"stage shade-{number % SHADES}", title=stage.name)
             part.style(f"flex-grow: {stage.seconds / whole:.4f}")
     with tag("ul", classes="legend"):
         for number, stage in enumerate(receipt.stages):
             with tag("li"):
-                tag("span", classes=f"swatch shade-{number % 4}")
+                tag("span", classes=f"swatch shade-{number % SHADES}")
                 tag("span", stage.name)
                 tag("span", duration(stage.seconds), "number strong")
                 if stage.note:
@@ -60,8 +63,13 @@ def _passages(title: str, passages: list[Considered], on_open: Callable[[Citatio
                     for name, value in passage.scores.items():
                         with tag("span", classes="score number"):
                             tag("span", name, "hint")
-                            tag("span", f"{value:.3g}")
+                            tag("span", _score(value))
                 if passage.text:
-                    tag("p", passage.text, "excerpt")
+                    cut = "…" if len(passage.text) < passage.end - passage.start else ""
+                    tag("p", passage.text.rstrip("…") + cut, "excerpt")
                 if passage.reason:
                     tag("p", passage.reason, "hint")
+
+
+def _score(value: float) -> str:
+    return "< 0.01" if 0 < value < 0.01 else f"{value:.2f}"
