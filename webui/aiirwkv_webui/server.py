@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -15,13 +16,15 @@ import anyio
 import uvicorn
 from aiirwkv import ServerError
 
-from .guard import Guard
+from .guard import Guard, is_loopback
 from .upload import Uploads
 
 if TYPE_CHECKING:
     from aiirwkv.bus import Bus
     from aiirwkv.config import Web
     from fastapi import FastAPI
+
+log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 CLOSING = 1
@@ -39,6 +42,8 @@ class Server(uvicorn.Server):
 async def run(bus: Bus, web: Web, data: Path) -> None:
     """Serve until cancelled."""
     listener = listen(web.host, web.port)
+    if not is_loopback(web.host):
+        log.warning("there is no sign-in yet: whoever reaches %s:%s acts as the owner", web.host, web.port)
     app = build(bus, web, data / "web")
     config = uvicorn.Config(
         Guard(app, web.host),
