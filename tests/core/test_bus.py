@@ -1,10 +1,11 @@
 """Requests, streams, errors and deadlines, through the bus."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import anyio
 import pytest
-from aiirwkv import BadRequest, Bus, DeadlineExceeded, Embed, Generate, NoWorker, Rerank, TooLarge, Tune
+from aiirwkv import BadRequest, Bus, Busy, DeadlineExceeded, Embed, Generate, NoWorker, Rerank, TooLarge, Tune
 from aiirwkv.testing import Fake, running
 
 
@@ -84,3 +85,25 @@ async def test_what_is_too_large_is_refused_with_the_way_out(bus: Bus) -> None:
         await bus.call(Embed(["x" * 2_000_000]))
     msg = await bus.nc.request("aiirwkv.embed", b'{"texts": [' + b",".join([b'"abc"'] * 20000) + b"]}")
     assert msg.headers["Nats-Service-Error-Code"] == "413" and "format" in msg.headers["Nats-Service-Error"]
+
+
+class Narrow(Fake):
+    concurrent_requests: ClassVar[int] = 2
+
+
+async def test_a_full_worker_says_so_at_once_and_patience_waits(tmp_path: Path) -> None:
+    async with running({"narrow": Narrow(delay=0.5)}, tmp_path) as bus:
+        busy: list[Busy] = []
+        patient = bus.bound(patience=10)
+
+        async def ask(one: Bus) -> None:
+            try:
+                await one.call(Embed(["a"]))
+            except Busy as exc:
+                busy.append(exc)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(ask, bus)
+            tasks.start_soon(ask, patient)
+        assert len(busy) in (2, 3) and "aiirwkv worker narrow" in str(busy[0])

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import anyio
-
 from aiirwkv import logs
 from aiirwkv.testing import Fake, running
 
