@@ -130,7 +130,7 @@ class Bus:
             with anyio.move_on_after(1, shield=True):
                 await nc.close()
             raise ServerError(
-                f"cannot reach the bus at {address(config)}: {(complaints or [str(exc)])[-1] or 'no answer'}; is it "
+                f"cannot reach the bus at {address(config)}: {'; '.join(dict.fromkeys(complaints)) or str(exc) or 'no answer'}; is it "
                 "running, and are [bus] url and credentials right?"
             ) from None
         try:
