@@ -33,9 +33,9 @@ _ABBREVIATION = re.compile(r"(?:\b\w\.\w|\b(?:Prof|Dr|Mr|Mrs|Ms|St))\.$")
 _NAME = r"(?!(?:The|An?|In|On|At|By|To|For|From|Our|His|Her|Its|When|Call|Ask)\b)[A-Z][\w'’-]*\.?"
 _FIGURE = r"(?:\d[\d.:]*\w*|[Nn]oon|[Mm]idnight|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?)"
 _RANGE = r"(?:\s*[–-]\s*|\s+(?:and|or|to|until|till|by)\s+)"
-_LEFT = re.compile(rf"(?:{_NAME}\s+|{_NAME}\s+(?:and|or)\s+|{_FIGURE}{_RANGE}|[Ee]very\s+)$")
-_PLACE = re.compile(rf"\s+(?:in|of|at|near)\s+{_NAME}")
-_RIGHT = re.compile(rf"(?:\s+{_NAME}|\s+(?:and|or)\s+{_NAME}|{_RANGE}{_FIGURE})")
+_LEFT = re.compile(rf"(?:{_NAME}\s+|{_NAME}\s+(?:and|or)\s+|{_FIGURE}{_RANGE}|[Ee]very\s+|\+|\d[ /-])$")
+_PLACE = re.compile(rf"\s+(?:of\s+(?:the\s+|an?\s+)?[\w'’-]+|(?:in|at|near)\s+{_NAME})")
+_RIGHT = re.compile(rf"(?:\s+{_NAME}|\s+(?:and|or)\s+{_NAME}|{_RANGE}{_FIGURE}|[ /-]\d[\d-]*)")
 
 
 async def write(turn: Turn) -> AsyncGenerator[str, None]:
@@ -116,12 +116,20 @@ def standing(said: str, text: str, question: str, refusal: str = "") -> str:
     if not found:
         return ""
     start, end = _complete(text, *found.span())
-    answer = text[start:end]
-    before = re.search(r"(?:\S+\s+){0,2}$", text[:start])
-    after = re.match(r"(?:\s*\S+){0,2}", text[end:])
-    window = f"{before[0] if before else ''}{answer}{after[0] if after else ''}"
-    unfit = closed(question) or offers(question, window) is False or _PADDING.fullmatch(answer + " ")
-    return "" if unfit else answer
+    if closed(question) or _PADDING.fullmatch(text[start:end] + " "):
+        return ""
+    for widened in ((start, end), *_widened(text, start, end)):
+        if offers(question, text[slice(*widened)]) is not False:
+            return text[slice(*widened)]
+    return ""
+
+
+def _widened(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """The span with one word more: after it, before it, on both sides."""
+    after = re.match(r"\s+[\w'’-]+", text[end:])
+    before = re.search(r"\b[\w'’-]+\s+$", text[:start])
+    further, earlier = end + len(after[0]) if after else end, before.start() if before else start
+    return [(start, further), (earlier, end), (earlier, further)]
 
 
 def _complete(text: str, start: int, end: int) -> tuple[int, int]:

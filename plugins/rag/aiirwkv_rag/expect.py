@@ -28,9 +28,13 @@ _ORDINAL = (
     r"\d(?:st|nd|rd|th)\b|\b(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last)\s+"
     r"(?:day|week|month|year)|" + _DAY
 )
+_HOUR = (
+    r"(?:[01]?\d|2[0-4]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b(?![,.]\d|\s*(?:[%€$£]|euro|"
+    r"pound|dollar|cent|per ?cent|kilo|mile|met))"
+)
 _CLOCK = (
     r"\b\d{1,2}[:.]\d{2}\b|\b\d{1,2}\s?[ap]\.?m\b|\bnoon|\bmidnight|o'clock|\ball day|\bany (?:time|hour)|\bhalf past|"
-    rf"\bquarter (?:to|past)|\b(?:at|from|until|till|to|by|before|after|between|past)\s+{_COUNT}"
+    rf"\bquarter (?:to|past)|\b(?:at|from|until|till|to|by|before|after|between|past)\s+{_HOUR}"
 )
 _YEAR = r"\b1\d{3}s?\b|\b20\d\ds?\b"
 _SEASON = r"centur|\b(?:spring|summer|autumn|fall|winter)\b"
@@ -63,7 +67,7 @@ _PLACE = (
 )
 _STREET = (
     r"\b(?:[Aa]ddress|[Ss]treet|St|Road|Rd|Lane|Avenue|Square|Way|Drive|Court|Quay|PO)\b|\b\d+[a-z]?\s+[A-Z]|"
-    r"[A-Z]\w+\s+\d+\b"
+    r"(?<=[a-z,] )[A-Z]\w+\s+\d+\b"
 )
 _APART = frozenset(("for", "per", "at", "from", "until", "and", "euros", "pounds"))
 _LINKS = frozenset(("with", "is", "are", "was", "were", "of", "at", "only", "about"))
@@ -117,11 +121,20 @@ _KINDS: list[tuple[str, Offer]] = [
         r"\bwhom?\b.*\b(?:call|phone|ring)\b",
         lambda question, text: _persons(question, text) or _has(_PHONE)(question, text),
     ),
-    (r"phone|\bextension\b|\bnumber\b.*\b(?:call|dial|ring)|\bcall\b.*\bnumber|hotline|\bfax\b", _has(_PHONE)),
+    (
+        r"\b(?:phone|telephone) (?:number|of)|\bby phone\b|\bnumber\b.*\b(?:call|dial|ring)|\bcall\b.*\bnumber|"
+        r"\b(?:extension|hotline|fax)\b",
+        _has(_PHONE),
+    ),
     (r"\bhow many\b", _counts),
     (
         r"\bhow (?:old|young)\b|\bage\b",
-        _has(r"years?[ -]old|\bborn\b|\bage[ds]?\b", rf"{_COUNT}\s+years?\b", r"\b(?:under|over) \d"),
+        _has(
+            r"years?[ -]old|\bborn\b|\bage[ds]?\b",
+            rf"{_COUNT}\s+years?\b",
+            r"\b(?:under|over) \d",
+            rf"\b(?:built|founded|dates)\b.*(?:{_YEAR})",
+        ),
     ),
     (
         r"\bhow long\b",
@@ -139,7 +152,8 @@ _KINDS: list[tuple[str, Offer]] = [
         r"^(?!\W*(?:when|where|who|why|how (?!much))\b).*\b(?:costs?|prices?|pay|fees?|fares?|charged?|expensive)\b",
         _has(_MONEY),
     ),
-    (r"\bhow much\b|\bhow fast\b", _has(_NUMBER)),
+    (r"\bhow fast\b|\bspeed\b", _has(rf"{_COUNT}.*(?:per (?:second|minute|hour)|km/h|mph|knots|bits?\b)")),
+    (r"\bhow much\b", _has(_NUMBER)),
     (r"\b(?:what|which) day", _has(_DAY, _MONTH, _ORDINAL, r"daily|every day|today|tomorrow|yesterday")),
     (r"\b(?:what|which) year", _has(r"\b\d{3,4}s?\b")),
     (r"\bwhen\b.*\bclose\b|\bhow late\b", _has(_CLOCK, _MONTH, _SEASON, r"\bclosed: ", rf"{_DAY}: ")),

@@ -11,7 +11,7 @@ import msgspec
 from aiirwkv import Answer, Chat, Considered, Embed, Generate, Hit, Message, Model, Receipt, Search, Stage
 
 from .condense import conversation
-from .evidence import Evidence, Limits, collect, fit, weigh
+from .evidence import Evidence, Limits, Synonyms, collect, fit, strangers, synonyms, weigh
 from .prompts import say
 
 if TYPE_CHECKING:
@@ -74,12 +74,22 @@ class Turn:
             query = self.receipt.query
             sentences = collect(query, self.hits)
             if sentences:
-                asked = await self.bus.call(Embed([query], kind="query"))
-                vectors = await self.bus.call(Embed([item.titled for item in sentences]))
-                self.evidence = weigh(self.question, sentences, asked.rows()[0], vectors.rows())
+                (asked,) = (await self.bus.call(Embed([query], kind="query"))).rows()
+                vectors = (await self.bus.call(Embed([item.titled for item in sentences]))).rows()
+                self.evidence = weigh(self.question, sentences, asked, vectors)
+                if self.model.demonstration and (known := await self._synonyms()):
+                    self.evidence = weigh(self.question, sentences, asked, vectors, known)
             self.groups = fit(self.evidence, self.limits)
             self.note({group[0].rank: f"{len(group)} sentences to read" for group in self.groups})
             stage.note = f"{len(sentences)} sentences"
+
+    async def _synonyms(self) -> Synonyms:
+        """Words of the question that the best sentences say otherwise."""
+        asked, theirs = strangers(self.question, self.evidence)
+        if not asked or not theirs:
+            return {}
+        rows = (await self.bus.call(Embed([*asked, *theirs]))).rows()
+        return synonyms(asked, theirs, rows[: len(asked)], rows[len(asked) :])
 
     def note(self, kept: dict[int, str]) -> None:
         """Say in the receipt which of the passages found the model reads, and why."""

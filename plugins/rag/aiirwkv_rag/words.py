@@ -27,11 +27,6 @@ sent:send shut:close sold:sell spent:spend spoke:speak spoken:speak stood:stand 
 wrote:write written:write children:child men:man women:woman people:person
 """
 _IRREGULAR = dict(pair.split(":") for pair in _IRREGULAR_FORMS.split())
-_SAME_MEANING = """
-begin:start buy:sell purchas:sell pictur:photo photograph:photo telephon:phone bicycl:bike cycl:bike kid:child
-shop:store mend:repair lead:head manag:run car:vehicl
-"""
-_SYNONYMS = dict(pair.split(":") for pair in _SAME_MEANING.split())
 _DEGREE = re.compile(r"\bhow\s+(?!to\b|do|does|can)\w+", re.IGNORECASE)
 _DAYS = {day: "weekday" for day in ("monday", "tuesday", "wednesday", "thursday", "friday")}
 _WORD = re.compile(r"[^\W_]+(?:['’.][^\W_]+)*")
@@ -42,7 +37,7 @@ _DERIVED = ("er", "or", "r", "ist", "ion", "ation", "ment", "al", "ness", "ship"
 
 @lru_cache(50_000)
 def stem(word: str) -> str:
-    """An English word in lower case, without its commonest endings; one word for a few that mean the same."""
+    """An English word in lower case, without its commonest endings."""
     word = word.lower().replace("’", "'").removesuffix("'s").removesuffix("'")
     word = _IRREGULAR.get(word, word)
     for ending, put in _ENDINGS:
@@ -53,7 +48,7 @@ def stem(word: str) -> str:
         word = word[:-1]
     elif len(word) > 4:
         word = word.removesuffix("e")
-    return _SYNONYMS.get(word, word)
+    return word
 
 
 def content(text: str) -> list[str]:
