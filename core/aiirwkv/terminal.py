@@ -71,16 +71,23 @@ class JobLines:
                 self._tasks[job.id],  # type: ignore[arg-type]
                 completed=job.done,
                 total=job.total or None,
-                note=job.note,
+                note=how_far(job),
             )
         elif not self._live:
-            share = f"{int(10 * job.done / job.total) * 10} %" if job.total else job.note
-            self._once(job, f"  {title(job)}: {job.state} {share}".rstrip())
+            share = f"{int(10 * job.done / job.total) * 10} %" if job.total else ""
+            note = job.note if job.state == "queued" else ""
+            self._once(job, f"  {title(job)}: {job.state} {share} {note}".rstrip())
 
     def _once(self, job: Job, line: str) -> None:
         if self._said.get(job.id) != line:
             self._said[job.id] = line
             self.say(line)
+
+
+def how_far(job: Job) -> str:
+    """Done of total, and the note if it says more than the title."""
+    share = f"{job.done:g} of {job.total:g}" if job.total else ""
+    return " · ".join(part for part in (share, job.note if job.note not in title(job) else "") if part)
 
 
 def outcome(job: Job) -> str:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .config import Config, Use
+from .config import FOLLOWS, Config, Use
 from .hooks import Plugin, hookimpl
-from .types import REQUESTS, Chunk, Embed, Embeddings, Generate, Rerank, Scores
+from .types import Chunk, Embed, Embeddings, Generate, Rerank, Scores
 
 if TYPE_CHECKING:
     from .bus import Bus
@@ -79,9 +79,9 @@ def _use(registry: object) -> Use:
 
     assert isinstance(registry, Registry)
     use = Use()
-    for hook in REQUESTS:
-        if hook in use.__struct_fields__:
-            setattr(use, hook, registry.providers(hook))
+    for hook in use.__struct_fields__:
+        together = [hook, *(other for other, first in FOLLOWS.items() if first == hook)]
+        setattr(use, hook, list(dict.fromkeys(name for one in together for name in registry.providers(one))))
     return use
 
 
