@@ -129,9 +129,10 @@ class Bus:
         except (OSError, nats.errors.Error, TimeoutError) as exc:
             with anyio.move_on_after(1, shield=True):
                 await nc.close()
+            why = "; ".join(dict.fromkeys(complaints)) or str(exc) or "no answer"
             raise ServerError(
-                f"cannot reach the bus at {address(config)}: {'; '.join(dict.fromkeys(complaints)) or str(exc) or 'no answer'}; is it "
-                "running, and are [bus] url and credentials right?"
+                f"cannot reach the bus at {address(config)}: {why}; is it running, and are [bus] url and credentials "
+                "right?"
             ) from None
         try:
             bus = cls(nc)
