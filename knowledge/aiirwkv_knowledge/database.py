@@ -13,7 +13,20 @@ from typing import Any
 
 from aiirwkv import PluginError, ServiceError
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+CANNOT_WRITE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EMFILE,
+}
 BUSY_TIMEOUT_MS = 30_000
 
 
@@ -58,7 +71,11 @@ class Database:
         with storing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = self._open()
+        try:
             self._migrate(migrations)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)

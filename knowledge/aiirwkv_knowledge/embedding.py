@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 from aiirwkv import Collection, Conflict, Context, Embed, Embeddings, NoWorker, ServiceError
 
-IDENTITY = ("model", "revision", "dimension", "pooling", "normalized")
+IDENTITY = ("model", "revision", "dimension", "pooling", "normalised")
 """What an embedder says of itself that decides whether vectors can be compared."""
 TIMEOUT = 300.0
 
@@ -30,14 +30,16 @@ async def choose(ctx: Context, embedder: str | None) -> tuple[str, str]:
     raise NoWorker(f"no worker runs the embedder {embedder!r} now (there: {there}); start it, or choose another one")
 
 
-async def check(ctx: Context, collection: Collection) -> None:
-    """Refuse an embedder that is not the one that the collection was made with."""
-    now = fingerprint(await ctx.bus.about("embed", collection.embedder))
+async def check(ctx: Context, collection: Collection) -> dict[str, Any]:
+    """Refuse an embedder that is not the one that the collection was made with; what it says of itself."""
+    about = await ctx.bus.about("embed", collection.embedder)
+    now = fingerprint(about)
     if now != collection.fingerprint:
         raise Conflict(
             f"collection {collection.name!r} was made with {collection.embedder} {collection.fingerprint}, which is "
             f"now {now}: bring the old one back, or index the documents again into a new collection"
         )
+    return about
 
 
 async def embed(ctx: Context, embedder: str, texts: list[str], kind: Literal["query", "passage"]) -> bytes:

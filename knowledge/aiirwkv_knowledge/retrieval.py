@@ -9,16 +9,13 @@ from difflib import get_close_matches
 
 from aiirwkv import (
     BadRequest,
-    Busy,
     Collection,
     Conflict,
     Considered,
     Context,
-    DeadlineExceeded,
     Hit,
     Hits,
     NotFound,
-    NoWorker,
     Receipt,
     Search,
     ServiceError,
@@ -28,6 +25,7 @@ from aiirwkv import (
 from . import embedding
 from .catalogue import Catalogue
 from .fusion import fuse
+from .languages import unreadable
 from .passages import Passages
 from .permissions import find, readable
 from .vectors import VectorIndex, in_thread
@@ -71,7 +69,7 @@ class _Run:
         self.collections: list[Collection] = []
         self.labels: dict[str, str] = {}
         self.hits: dict[str, Hit] = {}
-        self.legs: list[list[str]] = []
+        self.legs: list[tuple[list[str], bool]] = []
 
     async def choose(self) -> None:
         """Which collections are searched."""
@@ -103,18 +101,22 @@ class _Run:
         for identity in dict.fromkeys((c.embedder, c.fingerprint) for c in self.collections):
             group = [c for c in self.collections if (c.embedder, c.fingerprint) == identity]
             found: dict[str, float] = {}
+            trusted = True
             try:
                 with self._stage("embed") as stage:
                     stage.note = f"query by {group[0].embedder}"
-                    [vector] = [await embedding.embed(self.ctx, group[0].embedder, [self.request.query], "query")]
-                    await embedding.check(self.ctx, group[0])
+                    vector = await embedding.embed(self.ctx, group[0].embedder, [self.request.query], "query")
+                    about = await embedding.check(self.ctx, group[0])
                 with self._stage("dense") as stage:
                     for collection in group:
                         found |= await self._dense(collection, vector)
                     stage.note = f"{len(found)} passages"
-            except (NoWorker, Busy, DeadlineExceeded, Conflict, ServiceError) as exc:
+                    if script := unreadable(self.request.query, about.get("languages", ())):
+                        stage.note += f", unless words find any: {group[0].embedder} reads no {script.title()}"
+                        trusted = False
+            except ServiceError as exc:
                 self._go_on_without(exc, stage)
-            self.legs.append(sorted(found, key=lambda id: -found[id])[: self.depth])
+            self._leg(found, trusted)
 
     async def _dense(self, collection: Collection, vector: bytes) -> dict[str, float]:
         hits = await self.index.search(collection.id, vector, self.depth, self.where)
@@ -140,7 +142,10 @@ class _Run:
                     self._note(hit, "keyword")
                     found[hit.chunk] = hit.score
             stage.note = f"{len(found)} passages"
-        self.legs.append(sorted(found, key=lambda id: -found[id])[: self.depth])
+        self._leg(found)
+
+    def _leg(self, found: dict[str, float], trusted: bool = True) -> None:
+        self.legs.append((sorted(found, key=lambda id: -found[id])[: self.depth], trusted))
 
     def _note(self, hit: Hit, leg: str) -> None:
         known = self.hits.setdefault(hit.chunk, hit)
@@ -149,7 +154,8 @@ class _Run:
 
     def fused(self) -> Hits:
         with self._stage("fuse") as stage:
-            scores = fuse(self.legs)
+            trusted = [ids for ids, trusted in self.legs if ids and trusted]
+            scores = fuse(trusted or [ids for ids, _ in self.legs])
             ranked = [self.hits[id] for id in scores]
             for hit in ranked:
                 hit.score = hit.scores["fused"] = scores[hit.chunk]

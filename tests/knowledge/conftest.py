@@ -19,12 +19,14 @@ class HashEmbedder(Plugin):
 
     dim: int = 64
     revision: str = "1"
+    languages: list[str] = []
     fail_after: int = -1
     batches: int = 0
     texts: int = 0
 
     def about(self) -> dict[str, Any]:
-        return {"model": "hash", "revision": self.revision, "dimension": self.dim, "max_tokens": 512}
+        about = {"model": "hash", "revision": self.revision, "dimension": self.dim, "max_tokens": 512}
+        return about | {"languages": self.languages}
 
     @hookimpl
     async def embed(self, request: Embed) -> Embeddings:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from aiirwkv import Bus, Collections, ConfigError, Index, PluginError, Search, ServiceError, Source
 from aiirwkv_index_chroma import IndexChroma
 from aiirwkv_index_chroma.store import DATABASE, ChromaStore
+from aiirwkv_knowledge.catalogue import Catalogue
 
 from .conftest import World
 
@@ -217,6 +219,33 @@ def chroma_server(folder: Path, port: int) -> Iterator[None]:
             server.terminate()
 
 
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0o500)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write everywhere
+    try:
+        with pytest.raises(ServiceError, match=f"cannot write to {folder}/knowledge: .*right to write"):
+            Catalogue(folder / "knowledge")
+    finally:
+        os.seteuid(user)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ServiceError, match=f"cannot write to {tmp_path}/file/knowledge"):
+        Catalogue(tmp_path / "file" / "knowledge")
+
+
+def test_a_damaged_or_newer_catalogue_is_named(tmp_path: Path) -> None:
+    newer = sqlite3.connect(tmp_path / "catalogue.db")
+    newer.execute("PRAGMA user_version = 99")
+    newer.close()
+    with pytest.raises(PluginError, match="newer AIIRWKV"):
+        Catalogue(tmp_path)
+    (tmp_path / "catalogue.db").write_bytes(b"no database at all" * 1000)
+    with pytest.raises(ServiceError, match=f"{tmp_path} holds a damaged database"):
+        Catalogue(tmp_path)
+
+
 FULL = """
 import asyncio, resource, sys
 from pathlib import Path
@@ -228,14 +257,16 @@ async def main():
     world = World(Path(sys.argv[1]))
     async with world.serving() as bus:
         await bus.call(Index("guide", [Source(text="The museum opens at nine.", name="a.txt")]))
-        limit = max(path.stat().st_size for path in Path(sys.argv[1]).rglob("*") if path.is_file()) + 4096
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        files = [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
+        limit = max(path.stat().st_size for path in files)
         text = "\\n\\n".join(f"Sentence number {i} tells of thing {i}." for i in range(6000))
-        try:
-            await bus.call(Index("guide", [Source(text=text, name="big.txt")]))
-        except ServiceError as exc:
-            print("REFUSED", exc)
-        print("FOUND", (await bus.call(Search("museum opens", ["guide"], mode="keyword"))).hits[0].document)
+        for more in (0, 300_000, 600_000, 1_200_000, 1_800_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit + more, resource.RLIM_INFINITY))
+            try:
+                await bus.call(Index("guide", [Source(text=text, name="big.txt")]), timeout=100)
+            except ServiceError as exc:
+                print("REFUSED", exc)
+            print("FOUND", (await bus.call(Search("museum opens", ["guide"], mode="keyword"))).hits[0].document)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         indexed = await bus.call(Index("guide", [Source(text=text, name="big.txt")]), timeout=100)
         print("AGAIN", indexed.documents[0].state, indexed.chunks)
@@ -249,10 +280,47 @@ asyncio.run(main())
 async def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent)]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=110)
-    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert "REFUSED" in lines, done.stderr[-3000:]
-    assert f"cannot write to {tmp_path}" in lines["REFUSED"] and "nothing that was stored is lost" in lines["REFUSED"]
-    assert lines["FOUND"] == "a.txt"
-    state, chunks = lines["AGAIN"].split()
-    assert state == "ready"
-    assert lines["VERIFIED"] == f"{int(chunks) + 1} []"
+    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    refusals = [text for name, text in lines if name == "REFUSED"]
+    assert len(refusals) >= 3, done.stderr[-3000:]
+    for text in refusals:
+        assert text.startswith(f"cannot write to {tmp_path}") and "nothing that was stored is lost" in text
+    assert {text for name, text in lines if name == "FOUND"} == {"a.txt"}
+    assert lines[-2:] == [["AGAIN", "ready 6000"], ["VERIFIED", "6001 []"]]
+
+
+FULL_CHROMA = """
+import asyncio, resource, sys
+from pathlib import Path
+from aiirwkv import ServiceError
+from aiirwkv_index_chroma.store import ChromaStore
+
+async def main():
+    store = ChromaStore(Path(sys.argv[1]))
+    await store.open()
+    vector = bytes(4 * 384 - 1) + b"?"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
+    batches = 0
+    try:
+        while True:
+            await store.upsert("kb-1", [f"{batches}-{i}" for i in range(64)], vector * 64)
+            batches += 1
+    except ServiceError as exc:
+        print("REFUSED", exc)
+    print("KEPT", await store.count("kb-1") == 64 * batches)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for batch in range(30):  # Chroma once waited here for its own lock
+        await store.upsert("kb-1", [f"again-{batch}-{i}" for i in range(64)], vector * 64)
+    print("AGAIN", await store.count("kb-1") == 64 * (batches + 30) == len(await store.ids("kb-1")))
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_chroma_works_again_after_a_full_disk(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_CHROMA, str(tmp_path / "chroma")]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+    refused, *rest = done.stdout.splitlines()
+    assert refused.startswith(f"REFUSED cannot write to {tmp_path}/chroma: Chroma says")
+    assert rest == ["KEPT True", "AGAIN True"]

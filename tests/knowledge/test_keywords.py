@@ -3,6 +3,7 @@
 import pytest
 from aiirwkv_knowledge.fusion import fuse
 from aiirwkv_knowledge.keywords import expression, terms
+from aiirwkv_knowledge.languages import unreadable
 
 
 def test_chinese_gives_pairs_and_english_words() -> None:
@@ -38,3 +39,22 @@ def test_a_leg_without_hits_takes_no_part() -> None:
     assert fuse([["a", "b"]])["a"] == 1.0
     assert fuse([[], []]) == {}
     assert list(fuse([["a"], ["b"]], [1.0, 2.0])) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "languages", "script"),
+    [
+        ("什么是知识库？", ["en"], "CJK"),
+        ("什么是知识库？", ["en", "zh-Hans"], ""),
+        ("什么是知识库？", [], ""),
+        ("什么是知识库？", ["*"], ""),
+        ("RWKV-7 微调", ["en"], "CJK"),
+        ("the word 文 in a long English sentence", ["en"], ""),
+        ("Что такое музей?", ["en", "zh"], "CYRILLIC"),
+        ("Wie spät ist es?", ["en"], ""),
+        ("東京タワー", ["zh"], "KATAKANA"),
+        ("123 ?!", ["en"], ""),
+    ],
+)
+def test_scripts(text: str, languages: list[str], script: str) -> None:
+    assert unreadable(text, languages) == script

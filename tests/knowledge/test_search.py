@@ -26,6 +26,20 @@ async def test_chinese_queries_of_two_characters_hit(guide: Bus) -> None:
             assert hits[0].document == "手册.txt"
 
 
+async def test_an_embedder_that_cannot_read_the_query_does_not_spoil_it(world: World) -> None:
+    async with world.serving() as bus:
+        await bus.call(Index("guide", SOURCES))
+        assert len((await bus.call(Search("数据", ["guide"]))).hits) == len(SOURCES)
+    world.embedder.languages = ["en"]
+    async with world.serving() as bus:
+        reply = await bus.call(Search("数据", ["guide"]))
+        assert [hit.document for hit in reply.hits] == ["手册.txt"]
+        assert any("hash reads no Cjk" in stage.note for stage in reply.receipt.stages)
+        # Words that nobody has written: better some passages than none.
+        assert (await bus.call(Search("没有", ["guide"]))).hits
+        assert len((await bus.call(Search("museum", ["guide"]))).hits) == len(SOURCES)
+
+
 async def test_english_words_are_stemmed(guide: Bus) -> None:
     hits = (await guide.call(Search("the hunting of a wolf pack", ["guide"], mode="keyword"))).hits
     assert [hit.document for hit in hits] == ["animals/wolves.txt"]

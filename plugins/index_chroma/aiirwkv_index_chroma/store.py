@@ -166,6 +166,7 @@ class ChromaStore:
                 self._give_up_client()  # somebody has removed the folder: begin a new one
                 return _Damaged(f"the Chroma index in {self._folder} has gone; it is made again from the catalogue")
             if any(sign in str(exc) for sign in CANNOT_WRITE):
+                self._give_up_client()  # after a failed write Chroma would wait for its own lock, for ever
                 return storage_error(self._folder, f"Chroma says: {exc}")
         elif not isinstance(exc, ChromaError):
             self._give_up_client()
