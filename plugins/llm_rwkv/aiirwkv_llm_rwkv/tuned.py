@@ -28,7 +28,8 @@ class StateCard(msgspec.Struct, kw_only=True, frozen=True):
     """
     Where a tuned state comes from, and what it is worth: mean loss per answer token, on examples it was not tuned on.
 
-    It belongs to exactly one base model, which `base_sha256`, the hash of the base's weights, tells.
+    It belongs to exactly one base model, which `base_sha256`, the hash of the base's weights, tells. `resumed` are the
+    steps at which training was taken up again.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StateCard(msgspec.Struct, kw_only=True, frozen=True):
     loss_before: float = 0.0
     loss_after: float = 0.0
     seconds: float = 0.0
+    resumed: list[int] = []
     parameters: int = 0
     sha256: dict[str, str] = {}
 
