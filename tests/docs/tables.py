@@ -48,7 +48,7 @@ def default(field: msgspec.structs.FieldInfo) -> str:
     """A field's default as JSON, or that it has to be given."""
     if field.required:
         return "required"
-    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()  # type: ignore[misc]
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     if isinstance(value, msgspec.Struct):
         return "empty"
     return f"`{msgspec.json.encode(value).decode()}`"
