@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from copy import copy
 from pathlib import Path
@@ -17,7 +17,18 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from .config import BusConfig
-from .errors import BY_CODE, Busy, DeadlineExceeded, NoWorker, ServerError, ServiceError, StreamBroken, TooLarge
+from .errors import (
+    BY_CODE,
+    Busy,
+    DeadlineExceeded,
+    NotFound,
+    NoWorker,
+    ServerError,
+    ServiceError,
+    StreamBroken,
+    TooLarge,
+)
+from .identity import bearer
 from .store import Bucket, Objects, ulid
 from .types import REQUESTS, Job, Object, Request, Service, StreamRequest
 
@@ -97,6 +108,7 @@ class Bus:
         self.patience = 0.0
         self._buckets: dict[str, Bucket] = {}
         self._services: dict[str, tuple[float, list[Service]]] = {}
+        self._about: dict[tuple[str, str | None], tuple[float, dict[str, Any]]] = {}
         self._objects: list[Objects] = []
 
     @classmethod
@@ -274,11 +286,15 @@ class Bus:
 
     async def put(self, source: bytes | Path, name: str = "", media_type: str = "") -> Object:
         """Put bytes or a file of any size into the object store, where it stays for a day."""
-        return await (await self._store()).put(source, name, media_type)
+        return await (await self._store()).put(source, name, media_type, owner=bearer(self.claim).name)
 
     async def get(self, id: str, into: Path) -> Object:
-        """Write an object to a file."""
-        return await (await self._store()).get(id, into)
+        """Write an object to a file; NotFound if it is gone, or somebody else's."""
+        store = await self._store()
+        user, found = bearer(self.claim), await store.find(id)
+        if found is None or not ("owner" in user.roles or found.owner == user.name):
+            raise NotFound(f"there is no object {id!r}; an upload is kept for a day, put it again")
+        return await store.get(found, into)
 
     async def read(self, id: str) -> bytes:
         """An object's bytes, for objects that fit in memory."""
@@ -306,27 +322,46 @@ class Bus:
 
     async def services(self, hook: str | None = None, *, fresh: float = 0) -> list[Service]:
         """Who serves what, in the order of `[use]`; at most `fresh` seconds old."""
-        at, found = self._services.get("", (float("-inf"), []))
+        at, found = self._services.get("all", (float("-inf"), []))
         if time.monotonic() - at > fresh:
-            found = await self._discover()
-            self._services[""] = (time.monotonic(), found)
+            found = [service for info in await self.workers("INFO") for service in _services(info)]
+            order = list(REQUESTS)
+            found.sort(key=lambda s: (order.index(s.hook), s.rank < 0, s.rank, s.plugin, s.worker))
+            self._services["all"] = (time.monotonic(), found)
         return [service for service in found if hook in (None, service.hook)]
 
     async def about(self, hook: str, plugin: str | None = None) -> dict[str, Any]:
         """What a plugin says of itself (None: the one that serves by default); at most ten seconds old."""
-        give_up = time.monotonic() + max(DISCOVERY_PATIENCE, self.patience)
-        fresh = 10.0
-        while True:
-            for service in await self.services(hook, fresh=fresh):
-                if service.plugin == plugin or (plugin is None and service.rank >= 0):
-                    return service.about
-            if time.monotonic() > give_up:
-                raise NoWorker(nobody(subject(hook, plugin)))
-            fresh = 0
-            await anyio.sleep(0.1)
+        at, known = self._about.get((hook, plugin), (float("-inf"), {}))
+        if time.monotonic() - at < 10:
+            return known
 
-    async def workers(self, verb: str = "PING", stall: float = 0.15, limit: float = 1.0) -> list[dict[str, Any]]:
-        """What every worker answers to PING, INFO or STATS (ADR-32); asks until none has answered for `stall` s."""
+        def wanted(info: dict[str, Any]) -> list[Service]:
+            fits = [service for service in _services(info) if service.hook == hook]
+            return [s for s in fits if s.plugin == plugin or (plugin is None and s.rank == 0)]
+
+        give_up = time.monotonic() + max(DISCOVERY_PATIENCE, self.patience)
+        while time.monotonic() < give_up:
+            for info in await self.workers("INFO", enough=lambda info: bool(wanted(info))):
+                for service in wanted(info):
+                    self._about[hook, plugin] = (time.monotonic(), service.about)
+                    return service.about
+            await anyio.sleep(0.1)
+        raise NoWorker(nobody(subject(hook, plugin)))
+
+    async def workers(
+        self,
+        verb: str = "PING",
+        *,
+        enough: Callable[[dict[str, Any]], bool] = lambda _: False,
+        stall: float = 0.15,
+        limit: float = 1.0,
+    ) -> list[dict[str, Any]]:
+        """
+        What every worker answers to PING, INFO or STATS (ADR-32).
+
+        Listens until one answer is `enough`, none has come for `stall` seconds, or `limit` seconds are over.
+        """
         inbox = self.nc.new_inbox()
         sub = await self.nc.subscribe(inbox)
         found: list[dict[str, Any]] = []
@@ -342,16 +377,13 @@ class Bus:
                 if (msg.headers or {}).get("Status") == NO_RESPONDERS:
                     break
                 found.append(msgspec.json.decode(msg.data))
+                if enough(found[-1]):
+                    break
                 wait = stall
         finally:
             with anyio.CancelScope(shield=True):
                 await sub.unsubscribe()
         return found
-
-    async def _discover(self) -> list[Service]:
-        found = [service for info in await self.workers("INFO") for service in _services(info)]
-        order = list(REQUESTS)
-        return sorted(found, key=lambda s: (order.index(s.hook), s.rank < 0, s.rank, s.plugin, s.worker))
 
 
 def _services(reply: dict[str, Any]) -> list[Service]:

@@ -90,11 +90,12 @@ class Verifier:
         return True
 
 
-def bearer(token: str) -> str:
-    """The name that a claim says, unchecked: for records that a worker will check."""
+def bearer(token: str) -> User:
+    """Who a claim says he is, unchecked: a worker has checked it before, or will."""
     if not token:
-        return OWNER.name
+        return OWNER
     try:
-        return msgspec.json.decode(urlsafe_b64decode(token.partition(".")[0]), type=Claim).user
+        claim = msgspec.json.decode(urlsafe_b64decode(token.partition(".")[0]), type=Claim)
     except (ValueError, msgspec.MsgspecError):
-        return ""
+        return User("")
+    return User(claim.user, claim.roles)

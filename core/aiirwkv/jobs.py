@@ -70,7 +70,7 @@ async def submit(bus: Bus, request: Request[Any], *, to: str | None, group: str,
         )
     now = time.time()
     job = Job(id, request.hook, to or "", group=group, created=now, updated=now, request=msgspec.Raw(body))
-    job.claim, job.user = bus.claim, bearer(bus.claim)
+    job.claim, job.user = bus.claim, bearer(bus.claim).name
     if not await (await records(bus)).create(f"job.{id}", msgspec.json.encode(job)):
         return await find(bus, id) or job
     await provide_stream(bus.nc.jetstream())

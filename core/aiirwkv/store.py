@@ -27,7 +27,7 @@ from nats.js.errors import NotFoundError as MissingError
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
-from .errors import NotFound, ServerError, ServiceError
+from .errors import ServerError, ServiceError
 from .types import Object
 
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -122,11 +122,11 @@ class Objects:
             except BucketNotFoundError:
                 return cls(await js.create_object_store(name, config=api.ObjectStoreConfig(bucket=name, ttl=ttl)))
 
-    async def put(self, source: bytes | Path, name: str, media_type: str) -> Object:
+    async def put(self, source: bytes | Path, name: str, media_type: str, owner: str) -> Object:
         id = ulid()
         digest = hashlib.sha256()
         media_type = media_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
-        headers = {"Name": name.encode("unicode_escape").decode(), "Media-Type": media_type}
+        headers = {"Name": name.encode("unicode_escape").decode(), "Media-Type": media_type, "Owner": owner}
         try:
             stream = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
         except OSError as exc:
@@ -134,22 +134,29 @@ class Objects:
         with stream, storage("object", name or id):
             reader = _Hashing(stream, digest.update)
             info = await self._store.put(id, reader, api.ObjectMeta(name=id, headers=headers))  # type: ignore[arg-type]
-        return Object(id, name, info.size or 0, digest.hexdigest(), media_type)
+        return Object(id, name, info.size or 0, digest.hexdigest(), media_type, owner)
 
-    async def get(self, id: str, into: Path) -> Object:
+    async def find(self, id: str) -> Object | None:
+        try:
+            with storage("object", id):
+                info = await self._store.get_info(id)
+        except (ObjectNotFoundError, MissingError):
+            return None
+        headers = info.headers or {}
+        name = headers.get("Name", "").encode().decode("unicode_escape")
+        return Object(id, name, info.size or 0, "", headers.get("Media-Type", ""), headers.get("Owner", ""))
+
+    async def get(self, found: Object, into: Path) -> Object:
         digest = hashlib.sha256()
         try:
-            with into.open("wb") as file, storage("object", id), anyio.fail_after(600):
-                result = await self._store.get(id, writeinto=_Writer(file, digest.update))  # type: ignore[arg-type]
-        except (ObjectNotFoundError, MissingError):
-            into.unlink(missing_ok=True)
-            raise NotFound(f"there is no object {id!r}; an upload is kept for a day, put it again") from None
+            with into.open("wb") as file, storage("object", found.id), anyio.fail_after(600):
+                writer: Any = _Writer(file, digest.update)
+                await self._store.get(found.id, writeinto=writer)
         except OSError as exc:
             into.unlink(missing_ok=True)
             raise ServiceError(f"cannot write {into}: {exc.strerror}; is the disk full?") from None
-        headers = result.info.headers or {}
-        name = headers.get("Name", "").encode().decode("unicode_escape")
-        return Object(id, name, result.info.size or 0, digest.hexdigest(), headers.get("Media-Type", ""))
+        found.sha256 = digest.hexdigest()
+        return found
 
     async def discard(self, id: str) -> None:
         with suppress(ObjectNotFoundError, MissingError):

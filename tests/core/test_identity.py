@@ -106,6 +106,14 @@ async def test_jobs_are_seen_by_their_user_and_the_owner(bus: Bus) -> None:
             await bob.call(Jobs(action, job.id))  # type: ignore[arg-type]
 
 
+async def test_an_upload_belongs_to_who_put_it(bus: Bus) -> None:
+    ada, bob = (bus.bound(claim=claim(name)) for name in ("ada", "bob"))
+    put = await ada.put(b"secret", "a.txt")
+    assert await ada.read(put.id) == await bus.read(put.id) == b"secret"
+    with pytest.raises(NotFound, match="there is no object"):
+        await bob.read(put.id)
+
+
 async def test_a_bus_may_demand_claims(tmp_path: Path) -> None:
     config = Config(use=Use(embed="who"))
     config.bus.anonymous = False

@@ -17,6 +17,7 @@ class Object(Reply):
     size: int = 0
     sha256: str = ""
     media_type: str = ""
+    owner: str = ""
 
 
 class Anchor(Reply, omit_defaults=True):
