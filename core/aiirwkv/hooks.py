@@ -139,12 +139,15 @@ class Context(Protocol):
     @property
     def remaining(self) -> float:
         """Seconds until the deadline."""
+        ...
 
     def progress(self, done: float, total: float = 0, note: str = "") -> None:
         """Say how far a job is; free to call often."""
+        ...
 
     def may(self, action: Action, thing: Owned) -> bool:
         """Whether the caller may read, write or own the thing."""
+        ...
 
 
 class Hooks(Protocol):
@@ -153,59 +156,74 @@ class Hooks(Protocol):
     @hookspec
     async def embed(self, request: Embed, ctx: Context) -> Embeddings:
         """Turn texts into vectors."""
+        ...
 
     @hookspec
     async def rerank(self, request: Rerank, ctx: Context) -> Scores:
         """Score texts against a query, higher is closer."""
+        ...
 
     @hookspec
     def generate(self, request: Generate, ctx: Context) -> AsyncIterator[Chunk]:
         """Continue a prompt or a conversation, a few characters at a time."""
+        ...
 
     @hookspec
     async def convert(self, request: Convert, ctx: Context) -> Converted:
         """Extract the text of a file, with its pages and headings."""
+        ...
 
     @hookspec
     async def discover(self, request: Discover, ctx: Context) -> Discovered:
         """Find pages on the web, or fetch one."""
+        ...
 
     @hookspec
     async def index(self, request: Index, ctx: Context) -> Indexed:
         """Read documents into a collection."""
+        ...
 
     @hookspec
     async def search(self, request: Search, ctx: Context) -> Hits:
         """Find passages."""
+        ...
 
     @hookspec
     async def collections(self, request: Collections, ctx: Context) -> CollectionsReply:
         """Manage collections, their documents and chunks."""
+        ...
 
     @hookspec
     async def evaluate(self, request: Evaluate, ctx: Context) -> Evaluation:
         """Measure ways to search and answer on a question set."""
+        ...
 
     @hookspec
     def chat(self, request: Chat, ctx: Context) -> AsyncIterator[ChatChunk]:
         """Answer a question from collections, with citations."""
+        ...
 
     @hookspec
     async def conversations(self, request: Conversations, ctx: Context) -> ConversationsReply:
         """Manage stored conversations."""
+        ...
 
     @hookspec
     async def tune(self, request: Tune, ctx: Context) -> Tuned:
         """Tune a state or an adapter."""
+        ...
 
     @hookspec
     async def models(self, request: Models, ctx: Context) -> ModelsReply:
         """Manage base models, states and adapters."""
+        ...
 
     @hookspec
     async def users(self, request: Users, ctx: Context) -> UsersReply:
         """Manage users and mint claims."""
+        ...
 
     @hookspec
     async def jobs(self, request: Jobs, ctx: Context) -> JobsReply:
         """See and steer jobs."""
+        ...
