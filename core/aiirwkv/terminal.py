@@ -8,8 +8,9 @@ from typing import Self
 from .types import Job
 
 
-def clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+def count(number: int, noun: str) -> str:
+    """1 chunk, 2 chunks."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def title(job: Job) -> str:
@@ -97,11 +98,11 @@ def outcome(job: Job) -> str:
     documents = job.result.get("documents", []) if isinstance(job.result, dict) else []
     if not documents:
         return job.state
-    parts = [
-        f"{d['name']}: {d['state']}" + (f", {d['chunks']} chunks" if d.get("chunks") else "")
-        + (f" ({d['reason']})" if d.get("reason") else "")
-        for d in documents
-    ]  # fmt: skip
+    parts = []
+    for document in documents:
+        chunks = f", {count(document['chunks'], 'chunk')}" if document.get("chunks") else ""
+        reason = f" ({document['reason']})" if document.get("reason") else ""
+        parts.append(f"{document['name']}: {document['state']}{chunks}{reason}")
     return "; ".join(parts) if len(parts) > 1 else parts[0].partition(": ")[2]
 
 
@@ -115,4 +116,4 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     )
 
 
-__all__ = ["JobLines", "clock", "outcome", "table", "title"]
+__all__ = ["JobLines", "count", "outcome", "table", "title"]

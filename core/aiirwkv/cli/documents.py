@@ -30,7 +30,7 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
     import time
 
     from ..store import ulid
-    from ..terminal import JobLines
+    from ..terminal import JobLines, count
 
     began = time.monotonic()
     async with connected(state, claim) as bus:
@@ -56,7 +56,8 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
     bad = [document for document in total.documents if document.state in ("failed", "needs_ocr")]
     if not as_json:
         ready = len(total.documents) - len(bad)
-        say(f"{ready} of {len(files)} documents ready in {collection}, {total.chunks} chunks, {total.seconds:.1f} s")
+        chunks = count(total.chunks, "chunk")
+        say(f"{ready} of {count(len(files), 'document')} ready in {collection}, {chunks}, {total.seconds:.1f} s")
     else:
         show(total)
     if bad or failed:
