@@ -8,6 +8,11 @@ from typing import Self
 from .types import Job
 
 
+def clock(seconds: float) -> str:
+    """Seconds, or minutes once they are many."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 def count(number: int, noun: str) -> str:
     """1 chunk, 2 chunks."""
     return f"{number} {noun}{'s' * (number != 1)}"
@@ -116,4 +121,4 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     )
 
 
-__all__ = ["JobLines", "count", "outcome", "table", "title"]
+__all__ = ["JobLines", "clock", "count", "outcome", "table", "title"]
