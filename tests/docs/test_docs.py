@@ -353,7 +353,7 @@ def test_the_client_without_a_library(up: Up) -> None:
     [client] = [block for block in re.findall(r"```python\n(.*?)```", BUS, re.S) if "socket" in block]
     assert len(client.strip().splitlines()) <= 12
     environment = {**os.environ, "AIIRWKV_DATA": str(up.data)}
-    done = subprocess.run([sys.executable, "-c", client], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", client], env=environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, done.stderr
     reply = msgspec.json.decode(done.stdout)
     assert reply["dim"] == len(reply["vectors"][0]) == 384 and reply["model"] in BUS
