@@ -6,10 +6,14 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from aiirwkv import Bus, Tune
+from aiirwkv import Tune
 from aiirwkv.errors import ServiceError
+
+if TYPE_CHECKING:
+    from aiirwkv import Bus
 
 __all__ = ["Event", "Order", "Run"]
 

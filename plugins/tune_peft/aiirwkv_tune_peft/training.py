@@ -23,8 +23,8 @@ from aiirwkv_llm_rwkv.library import Files
 from aiirwkv_llm_rwkv.model import RWKV7
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from aiirwkv_llm_rwkv.tuned import CARD, STATE, StateCard
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.plugins.environments import LightningEnvironment
 from safetensors.torch import save_file
 from torch import Tensor
 
