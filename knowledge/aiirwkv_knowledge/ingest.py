@@ -227,13 +227,12 @@ class Ingest:
 
     async def _converter(self, received: _Received, document: Document, ctx: Context) -> str:
         """The first converter, in the order of [use], that takes the file."""
-        services = await ctx.bus.services("convert")
-        if not services:
-            await ctx.bus.about("convert")  # waits for one, or says that nobody is there
-            services = await ctx.bus.services("convert")
-        for service in services:
-            if service.rank >= 0 and takes(service, received.name, received.media_type):
-                return service.plugin
+        await ctx.bus.about("convert")  # waits for one, or says that nobody is there
+        for fresh in (10, 0):  # who has just come may not be known yet
+            services = await ctx.bus.services("convert", fresh=fresh)
+            for service in services:
+                if service.rank >= 0 and takes(service, received.name, received.media_type):
+                    return service.plugin
         suffixes = sorted({suffix for service in services for suffix in service.about.get("suffixes", ())})
         raise _Unreadable(
             f"no converter takes {PurePosixPath(received.name).suffix or received.media_type or 'it'}; "

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 from aiirwkv import Anchor, BadRequest, Bus, Convert, Converted, Embed, Embeddings, Plugin, Source, hookimpl
@@ -20,6 +21,7 @@ class HashEmbedder(Plugin):
     dim: int = 64
     revision: str = "1"
     languages: list[str] = []
+    delay: float = 0.0
     fail_after: int = -1
     batches: int = 0
     texts: int = 0
@@ -33,6 +35,7 @@ class HashEmbedder(Plugin):
         if request.kind == "passage":
             if self.batches == self.fail_after:
                 raise BadRequest("the embedder of the test stops here")
+            await anyio.sleep(self.delay)
             self.batches += 1
             self.texts += len(request.texts)
         return Embeddings.pack([self.vector(text) for text in request.texts], "hash")

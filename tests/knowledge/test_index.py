@@ -210,7 +210,8 @@ async def test_going_on_after_an_interruption(world: World) -> None:
 
 
 async def test_a_job_killed_between_batches_goes_on(bus: Bus, world: World, file) -> None:
-    text = "\n\n".join(f"Sentence number {i} tells of thing {i}." for i in range(600))
+    world.embedder.delay = 0.2
+    text = "\n\n".join(f"Sentence number {i} tells of thing {i}." for i in range(1200))
     job = await bus.submit(Index("guide", [await file("many.txt", text)]))
     with anyio.fail_after(60):
         while world.embedder.batches < 2:
@@ -220,6 +221,8 @@ async def test_a_job_killed_between_batches_goes_on(bus: Bus, world: World, file
             async for change in changes:
                 if change.state == "paused":
                     break
+        assert world.embedder.batches < 1200 / 64
+        world.embedder.delay = 0.0
         await bus.call(Jobs("resume", job.id))
         async with bus.follow(job.id) as changes:
             states = [change.state async for change in changes]
@@ -254,6 +257,7 @@ async def test_deleted_while_it_is_read(bus: Bus, world: World) -> None:
         except (Conflict, NotFound) as exc:
             failures.append(exc)
 
+    world.embedder.delay = 0.1
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(index)
         while world.embedder.batches < 2:
