@@ -177,6 +177,8 @@ async def test_two_users_do_not_see_each_other(bus: Bus) -> None:
             with pytest.raises(NotFound) as missing:
                 await bob.call(type(request)(**{**fields(request), **renamed(request, "diarx" + name[5:])}))
             assert str(refused.value).replace(name, "") == str(missing.value).replace("diarx" + name[5:], "")
+    with pytest.raises(NotFound, match="there is no collection"):
+        await bob.call(Index(hers.id, [Source(text="Bob was here.")]))
     assert (await bob.call(Index("mine", [Source(text="Bob likes bread.")]))).chunks == 1
     for mode in ("dense", "keyword", "hybrid"):
         reply = await bob.call(Search("anna's secret zebra", mode=mode, top=50))
