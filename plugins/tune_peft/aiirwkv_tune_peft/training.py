@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +28,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data import Example, Sample, encode, pack, plan, split
+from .batches import Batch, Batches, collate
+from .data import Example, Sample, encode, pack, split
 from .runs import Event, Order, Run
 
 __all__ = ["train"]
@@ -38,8 +39,6 @@ WARM_UP = 10
 LAST = 0.01
 """What is left of the learning rate at the end."""
 
-Batch = tuple[Tensor, Tensor]
-"""Tokens [B, T + 1], padded with zeros, and which of the last T are to be learnt [B, T]."""
 Say = Callable[[Event], None]
 
 
@@ -50,7 +49,11 @@ def train(order: Order, run: Run, files: Files, examples: Sequence[Example], say
     torch.manual_seed(request.seed)
     model = load(files.weights, device, dtype)
     torch.set_num_threads(order.threads or _threads(model))
-    tokenizer = Tokenizer.load(files.vocabulary(model.sizes.vocabulary))
+    vocabulary = files.vocabulary(model.sizes.vocabulary)
+    try:
+        tokenizer = Tokenizer.load(vocabulary)
+    except (OSError, ValueError) as error:
+        raise Conflict(f"the vocabulary {vocabulary} cannot be used: {error}") from None
     samples = encode(examples, files.card, tokenizer, request.batch_tokens)
     learnt, held_out = split(samples, request.validation, request.seed)
     assert request.learning_rate is not None
@@ -140,34 +143,6 @@ class Tuning(lightning.LightningModule):  # type: ignore[misc]
         self.resumed = [*checkpoint["resumed"], checkpoint["global_step"]]
 
 
-class Batches:
-    """
-    The batches of all steps, in their planned order.
-
-    It remembers where it is, and Lightning keeps that in the checkpoint. Without it, Lightning would begin a resumed
-    epoch with its first batches again.
-    """
-
-    def __init__(self, samples: Sequence[Sample], limit: int, steps: int, seed: int, device: torch.device) -> None:
-        self._samples, self._device = samples, device
-        self._plan = plan([len(sample.tokens) for sample in samples], limit, steps, seed)
-        self._next = 0
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self._next < len(self._plan):
-            self._next += 1
-            yield collate([self._samples[index] for index in self._plan[self._next - 1]], self._device)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next = state["next"]
-
-
 class Report(lightning.Callback):  # type: ignore[misc]
     """Says how it goes, about four times a second, and stops the clock."""
 
@@ -219,17 +194,6 @@ def _fit(tuning: Tuning, batches: Batches, order: Order, run: Run, say: Say) -> 
         default_root_dir=run.path,
     )
     trainer.fit(tuning, batches, ckpt_path=run.checkpoint if run.checkpoint.is_file() else None)
-
-
-def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """Samples side by side."""
-    longest = max(len(sample.tokens) for sample in samples)
-    tokens = torch.zeros(len(samples), longest, dtype=torch.long)
-    learnt = torch.zeros(len(samples), longest, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        learnt[row, sample.answer : len(sample.tokens)] = True
-    return tokens.to(device), learnt[:, 1:].to(device)
 
 
 def answer_loss(model: RWKV7, batch: Batch, reduction: str = "mean") -> Tensor:
