@@ -41,6 +41,7 @@ PREFIX = "aiirwkv"
 ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"
 TIMEOUT = "Aiirwkv-Timeout"
 SEQUENCE = "Aiirwkv-Sequence"
+ALIVE = "Aiirwkv-Alive"
 USER = "Aiirwkv-User"
 JOB = "Aiirwkv-Job"
 GROUP = "Aiirwkv-Group"
@@ -53,6 +54,10 @@ OBJECTS_BUCKET = "aiirwkv_objects"
 DAY = 86400.0
 CONNECT = 4.0
 """Seconds that the first connection may take."""
+IDLE = 15.0
+"""Seconds of silence after which a worker counts as dead; it sends a sign of life every two."""
+WATCHED = 30.0
+"""Calls that may take longer than this many seconds are answered as a stream of one, with signs of life."""
 DISCOVERY_PATIENCE = 2.0
 
 
@@ -165,7 +170,7 @@ class Bus:
 
     async def call(self, request: Request[R], *, to: str | None = None, timeout: float = 30) -> R:
         """
-        Ask one worker and return its reply. `to` names a plugin, or plugin.worker.
+        Ask one worker and return its reply. `to` names a plugin, or plugin.worker; `timeout` is in seconds.
 
         Raises a ServiceError; NoWorker within milliseconds when nobody is there.
         """
@@ -191,15 +196,21 @@ class Bus:
         timeout = min(timeout, self.deadline - time.monotonic())
         if timeout <= 0:
             raise DeadlineExceeded(f"{asked}: the deadline had passed before it was asked")
+        if timeout > WATCHED:  # a worker that dies meanwhile is noticed, and leaving stops the work
+            async with self._listen(request, asked, timeout, IDLE, {ALIVE: "1"}) as messages:
+                async for data in messages:
+                    watched: R = msgspec.json.decode(data, type=request.reply)
+                    return watched
+            raise StreamBroken(f"{asked} ended without a reply; ask again")
         try:
-            data = msgspec.json.encode(request)
-            msg = await self.nc.request(asked, data, timeout, headers=self._headers(timeout))
+            body = msgspec.json.encode(request)
+            msg = await self.nc.request(asked, body, timeout, headers=self._headers(timeout))
         except nats.errors.NoRespondersError:
             raise NoWorker(nobody(asked)) from None
         except nats.errors.TimeoutError:
             raise DeadlineExceeded(f"{asked} took longer than {timeout:.3g} s") from None
         except nats.errors.MaxPayloadError:
-            raise TooLarge(self._too_large(asked, len(data))) from None
+            raise TooLarge(self._too_large(asked, len(body))) from None
         except nats.errors.Error as exc:
             raise ServerError(f"the connection to the bus broke while {asked} was asked: {exc}") from None
         reply: R = msgspec.json.decode(check(msg, asked).data, type=request.reply)
@@ -207,7 +218,7 @@ class Bus:
 
     @asynccontextmanager
     async def stream(
-        self, request: StreamRequest[C, Any], *, to: str | None = None, timeout: float = 600, idle: float = 15
+        self, request: StreamRequest[C, Any], *, to: str | None = None, timeout: float = 600, idle: float = IDLE
     ) -> AsyncIterator[AsyncIterator[C]]:
         """
         Stream from one worker. Leaving the block stops the worker.
@@ -215,25 +226,35 @@ class Bus:
         The worker notices because nobody listens to the inbox any more, so there is no cancel message to lose.
         `idle`: seconds of silence after which the worker counts as dead (it sends a sign of life every 2 s).
         """
-        asked = subject(request.hook, to)
         timeout = min(timeout, self.deadline - time.monotonic())
+        async with self._listen(request, subject(request.hook, to), timeout, idle, {}) as messages:
+
+            async def chunks() -> AsyncIterator[C]:
+                async for data in messages:
+                    yield msgspec.json.decode(data, type=request.chunk)
+
+            yield chunks()
+
+    @asynccontextmanager
+    async def _listen(
+        self, request: Request[Any], asked: str, timeout: float, idle: float, headers: dict[str, str]
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Send a request and give the messages that answer it, in order and without the signs of life."""
         inbox = self.nc.new_inbox()
         sub = await self.nc.subscribe(inbox)
         try:
-            data = msgspec.json.encode(request)
+            body = msgspec.json.encode(request)
             try:
-                await self.nc.publish(asked, data, reply=inbox, headers=self._headers(timeout))
+                await self.nc.publish(asked, body, reply=inbox, headers=self._headers(timeout) | headers)
             except nats.errors.MaxPayloadError:
-                raise TooLarge(self._too_large(asked, len(data))) from None
-            yield self._chunks(sub, request, asked, time.monotonic() + timeout, idle)
+                raise TooLarge(self._too_large(asked, len(body))) from None
+            yield self._messages(sub, asked, time.monotonic() + timeout, idle)
         finally:
             with anyio.CancelScope(shield=True):
                 await sub.unsubscribe()
                 await self.nc.flush()
 
-    async def _chunks(
-        self, sub: Any, request: StreamRequest[C, Any], asked: str, deadline: float, idle: float
-    ) -> AsyncIterator[C]:
+    async def _messages(self, sub: Any, asked: str, deadline: float, idle: float) -> AsyncIterator[bytes]:
         expected = 0
         while True:
             wait = min(idle, deadline - time.monotonic())
@@ -249,7 +270,7 @@ class Bus:
             if not msg.data:
                 return
             if msg.data != b"{}":  # a sign of life
-                yield msgspec.json.decode(msg.data, type=request.chunk)
+                yield msg.data
 
     def _headers(self, timeout: float) -> dict[str, str]:
         headers = {TIMEOUT: f"{timeout:.3f}"}

@@ -19,7 +19,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from . import discovery
-from .bus import ERROR, ERROR_CODE, JOB, NO_RESPONDERS, SEQUENCE, TIMEOUT, USER, Bus, subject
+from .bus import ALIVE, ERROR, ERROR_CODE, JOB, NO_RESPONDERS, SEQUENCE, TIMEOUT, USER, Bus, subject
 from .config import Config
 from .errors import AiirwkvError, BadRequest, Busy, DeadlineExceeded, PluginError, TooLarge, Unauthorized
 from .hooks import Action, Owned, Plugin, may
@@ -201,8 +201,12 @@ class Worker:
             with anyio.fail_after(timeout):
                 if isinstance(request, StreamRequest) and request.stream:
                     await self._stream(msg, result)
+                elif headers.get(ALIVE):
+                    await self._stream(msg, self._once(request, result))
+                elif msg.reply:
+                    await self.bus.nc.publish(msg.reply, self._fitting(request, await whole(request, result)))
                 else:
-                    await self._reply(endpoint, msg, request, await whole(request, result))
+                    await whole(request, result)
         except TimeoutError:
             raise DeadlineExceeded(f"{endpoint.hook} took longer than {timeout:.3g} s") from None
 
@@ -245,16 +249,20 @@ class Worker:
         finally:
             endpoint.nanoseconds += time.perf_counter_ns() - began
 
-    async def _reply(self, endpoint: Endpoint, msg: Msg, request: Request[Any], reply: Any) -> None:
+    async def _once(self, request: Request[Any], result: Any) -> AsyncIterator[msgspec.Raw]:
+        """A whole reply as a stream of one piece."""
+        yield msgspec.Raw(self._fitting(request, await whole(request, result)))
+
+    def _fitting(self, request: Request[Any], reply: Any) -> bytes:
+        """The reply as bytes that fit one message."""
         data = msgspec.json.encode(request.shape(reply))
         if len(data) > self.bus.nc.max_payload:
             hint = 'ask with format = "base64", or for fewer texts' if hasattr(request, "format") else "ask for less"
             raise TooLarge(
-                f"{endpoint.hook}: the reply has {len(data) / 1e6:.1f} MB, a message carries at most "
+                f"{request.hook}: the reply has {len(data) / 1e6:.1f} MB, a message carries at most "
                 f"{self.bus.nc.max_payload / 1e6:.1f} MB; {hint}"
             )
-        if msg.reply:
-            await self.bus.nc.publish(msg.reply, data)
+        return data
 
     async def _stream(self, msg: Msg, chunks: Any) -> None:
         token = self.bus.nc._nuid.next().decode()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import anyio
+import pytest
+from aiirwkv import Embed, Embeddings, StreamBroken, hookimpl
 from aiirwkv.testing import Fake, running
 
 READER = """
@@ -39,3 +41,39 @@ async def test_a_killed_reader_stops_the_writer(tmp_path: Path) -> None:
         await anyio.sleep(0.5)
         assert fake.written - before <= 4  # three tokens, and one that was on its way
         reader.stdout.close()
+
+
+class Heavy(Fake):
+    """Embeds for a long time, and counts how often it began and was stopped."""
+
+    began: int = 0
+    stopped: int = 0
+
+    @hookimpl
+    async def embed(self, request: Embed) -> Embeddings:
+        self.began += 1
+        try:
+            await anyio.sleep(60)
+        except BaseException:
+            self.stopped += 1
+            raise
+        return Embeddings()
+
+
+async def test_leaving_a_long_call_stops_the_work(tmp_path: Path) -> None:
+    heavy = Heavy()
+    async with running({"heavy": heavy}, tmp_path) as bus:
+        with anyio.move_on_after(0.3):
+            await bus.call(Embed(["a"]), timeout=300)
+        with anyio.fail_after(3):  # told at the next sign of life
+            while not heavy.stopped:
+                await anyio.sleep(0.05)
+        assert heavy.began == 1
+
+
+async def test_a_long_call_notices_a_dead_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiirwkv.bus.IDLE", 1.0)
+    monkeypatch.setattr("aiirwkv.worker.HEARTBEAT", 100.0)  # as good as dead
+    async with running({"heavy": Heavy()}, tmp_path) as bus:
+        with pytest.raises(StreamBroken, match="went silent"), anyio.fail_after(5):
+            await bus.call(Embed(["a"]), timeout=300)
