@@ -303,7 +303,15 @@ class Bus:
         async with bucket.watch(f"job.{id or '>'}") as updates:
             yield changes(updates, group=group, forever=not id and not group)
 
-    # Objects
+    # What JetStream keeps
+
+    async def provide(self) -> None:
+        """Make the work queue and the buckets, if need be, so that any client finds them."""
+        from .jobs import provide_stream, records
+
+        await provide_stream(self.nc.jetstream())
+        await records(self)
+        await self._store()
 
     async def put(self, source: bytes | Path, name: str = "", media_type: str = "") -> Object:
         """Put bytes or a file of any size into the object store, where it stays for a day."""
@@ -311,11 +319,7 @@ class Bus:
 
     async def get(self, id: str, into: Path) -> Object:
         """Write an object to a file; NotFound if it is gone, or somebody else's."""
-        store = await self._store()
-        user, found = bearer(self.claim), await store.find(id)
-        if found is None or not ("owner" in user.roles or found.owner == user.name):
-            raise NotFound(f"there is no object {id!r}; an upload is kept for a day, put it again")
-        return await store.get(found, into)
+        return await (await self._store()).get(await self._mine(id), into)
 
     async def read(self, id: str) -> bytes:
         """An object's bytes, for objects that fit in memory."""
@@ -325,8 +329,17 @@ class Bus:
             return path.read_bytes()
 
     async def discard(self, id: str) -> None:
-        """Remove an object; it is no error if it is gone."""
-        await (await self._store()).discard(id)
+        """Remove an object; it is no error if it is gone, NotFound if it is somebody else's."""
+        store = await self._store()
+        if await store.find(id):
+            await self._mine(id)
+            await store.discard(id)
+
+    async def _mine(self, id: str) -> Object:
+        user, found = bearer(self.claim), await (await self._store()).find(id)
+        if found is None or not ("owner" in user.roles or found.owner == user.name):
+            raise NotFound(f"there is no object {id!r}; an upload is kept for a day, put it again")
+        return found
 
     async def _store(self) -> Objects:
         if not self._objects:

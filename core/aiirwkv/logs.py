@@ -56,6 +56,7 @@ class BusHandler(logging.Handler):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "process": self._process,
+            "pid": record.process,
             "plugin": plugin,
             "logger": record.name,
             "message": record.getMessage(),

@@ -96,6 +96,7 @@ async def system(config: Config, data: Path, *, web: bool = True, say: Say = log
             if not config.bus.url:
                 bus_config = await stack.enter_async_context(embedded(data / "nats", config.bus))
             bus = await stack.enter_async_context(Bus.connect(bus_config, "up"))
+            await bus.provide()
             found = System(bus_config, str(data), f"http://{config.web.host}:{config.web.port}" if web else "")
             family = Family(_environment(bus_config, config.web, data), data / "logs", say)
             await stack.enter_async_context(family)

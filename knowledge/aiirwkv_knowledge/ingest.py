@@ -195,23 +195,22 @@ class Ingest:
         text = (await ctx.bus.read(converted.object)).decode() if converted.object else converted.text
         document.pages, document.characters = converted.pages, len(text)
         letters = sum(len(word) for word in text.split()) if len(text) < 1_000_000 else len(text)
-        if converted.pages and letters < MIN_CHARACTERS_PER_PAGE * converted.pages:
+        if converted.scanned and letters < MIN_CHARACTERS_PER_PAGE * converted.pages:
             document.state = "needs_ocr"
             raise _Unreadable(
-                f"{converted.pages} pages hold only {letters} characters of text: they look scanned, and want OCR",
-                document,
+                f"{converted.scanned} of {converted.pages} pages are pictures without text, and want OCR", document
             )
         if not letters:
             raise _Unreadable("; ".join(["there is no text in it", *converted.warnings]), document)
-        markdown = converted.media_type == "text/markdown" or received.name.lower().endswith((".md", ".markdown"))
-        cutting = partial(cut, markdown=markdown)
+        cutting = partial(cut, markdown=converted.markdown)
         pieces = await in_thread(cutting, text, converted.anchors, collection.chunk_size, collection.chunk_overlap)
-        document.state = "ready"
+        document.state, document.reason = "ready", "; ".join(converted.warnings)
         return await in_thread(self.staging.stage, collection.id, document, recipe, text, pieces, received.path)
 
     async def _convert(self, source: Source, received: _Received, document: Document, ctx: Context) -> Converted:
         if source.text:
-            return Converted(text=source.text, media_type=received.media_type)
+            markdown = received.media_type == "text/markdown" or received.name.endswith(".md")
+            return Converted(text=source.text, media_type=received.media_type, markdown=markdown)
         plugin = await self._converter(received, document, ctx)
         try:
             request = Convert(source.object, received.name, received.media_type)

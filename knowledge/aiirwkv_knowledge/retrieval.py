@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -17,6 +17,7 @@ from aiirwkv import (
     Hits,
     NotFound,
     Receipt,
+    Rerank,
     Search,
     ServiceError,
     Stage,
@@ -38,6 +39,8 @@ DEPTH = 100
 SHOWN = 20
 """Dropped passages that the receipt lists."""
 EXCERPT = 200
+RERANKED = 30
+"""Passages that a reranker reads, at least."""
 
 
 async def search(catalogue: Catalogue, index: VectorIndex, request: Search, ctx: Context) -> Hits:
@@ -55,7 +58,9 @@ async def search(catalogue: Catalogue, index: VectorIndex, request: Search, ctx:
         await run.dense()
     if request.mode != "dense":
         await run.keyword()
-    return run.fused()
+    run.fuse()
+    await run.rerank()
+    return run.result()
 
 
 class _Run:
@@ -70,6 +75,7 @@ class _Run:
         self.labels: dict[str, str] = {}
         self.hits: dict[str, Hit] = {}
         self.legs: list[tuple[list[str], bool]] = []
+        self.ranked: list[Hit] = []
 
     async def choose(self) -> None:
         """Which collections are searched."""
@@ -110,7 +116,7 @@ class _Run:
                 with self._stage("dense") as stage:
                     for collection in group:
                         found |= await self._dense(collection, vector)
-                    stage.note = f"{len(found)} passages"
+                    stage.note = _passages(found)
                     if script := unreadable(self.request.query, about.get("languages", ())):
                         stage.note += f", unless words find any: {group[0].embedder} reads no {script.title()}"
                         trusted = False
@@ -141,7 +147,7 @@ class _Run:
                 ):
                     self._note(hit, "keyword")
                     found[hit.chunk] = hit.score
-            stage.note = f"{len(found)} passages"
+            stage.note = _passages(found)
         self._leg(found)
 
     def _leg(self, found: dict[str, float], trusted: bool = True) -> None:
@@ -152,32 +158,57 @@ class _Run:
         known.scores[leg] = hit.score
         known.collection = self.labels.get(hit.collection, hit.collection)
 
-    def fused(self) -> Hits:
+    def fuse(self) -> None:
+        """One ranking from the legs'."""
         with self._stage("fuse") as stage:
             trusted = [ids for ids, trusted in self.legs if ids and trusted]
             scores = fuse(trusted or [ids for ids, _ in self.legs])
-            ranked = [self.hits[id] for id in scores]
-            for hit in ranked:
-                hit.score = hit.scores["fused"] = scores[hit.chunk]
-            if self.request.mode != "hybrid":
-                for hit in ranked:
-                    hit.score = hit.scores[self.request.mode]
-            kept = ranked[: self.request.top]
-            self.receipt.considered = [
-                Considered(
-                    hit.collection,
-                    hit.document,
-                    hit.start,
-                    hit.end,
-                    hit.scores,
-                    rank <= len(kept),
-                    f"rank {rank}" if rank <= len(kept) else f"rank {rank}, only {len(kept)} were asked for",
-                    hit.page,
-                    hit.text[:EXCERPT],
-                )
-                for rank, hit in enumerate(ranked[: len(kept) + SHOWN], 1)
-            ]
-            stage.note = f"{len(kept)} of {len(ranked)} kept"
+            self.ranked = [self.hits[id] for id in scores]
+            for hit in self.ranked:
+                hit.scores["fused"] = scores[hit.chunk]
+                hit.score = hit.scores["fused" if self.request.mode == "hybrid" else self.request.mode]
+            stage.note = f"{_passages(self.ranked)} in one ranking"
+
+    async def rerank(self) -> None:
+        """The best passages in the order of a reranker, in one call: the one named, else the one of [use], if any."""
+        plugin = self.request.rerank
+        if plugin is None:
+            services = await self.ctx.bus.services("rerank", fresh=60)
+            plugin = next((service.plugin for service in services if service.rank == 0), "none")
+        best = self.ranked[: max(RERANKED, self.request.top)]
+        if plugin == "none" or not best:
+            return
+        with self._stage("rerank") as stage:
+            try:
+                asked = Rerank(self.request.query, [hit.text for hit in best])
+                reply = await self.ctx.bus.call(asked, to=plugin, timeout=60)
+            except ServiceError as exc:
+                if self.request.rerank or self.ctx.remaining <= 0:
+                    raise
+                stage.note = f"left out: {exc}"
+                return
+            for hit, score in zip(best, reply.scores, strict=True):
+                hit.score = hit.scores["rerank"] = score
+            self.ranked[: len(best)] = sorted(best, key=lambda hit: -hit.score)
+            stage.note = f"{_passages(best)} by {plugin}"
+
+    def result(self) -> Hits:
+        """The best, and the receipt with what was dropped."""
+        kept = self.ranked[: self.request.top]
+        self.receipt.considered = [
+            Considered(
+                hit.collection,
+                hit.document,
+                hit.start,
+                hit.end,
+                hit.scores,
+                rank <= len(kept),
+                f"rank {rank}" if rank <= len(kept) else f"rank {rank}, only {len(kept)} were asked for",
+                hit.page,
+                hit.text[:EXCERPT],
+            )
+            for rank, hit in enumerate(self.ranked[: len(kept) + SHOWN], 1)
+        ]
         return Hits(kept, self.receipt)
 
     @contextmanager
@@ -189,3 +220,7 @@ class _Run:
             yield stage
         finally:
             stage.seconds = time.perf_counter() - began
+
+
+def _passages(found: Sized) -> str:
+    return f"{len(found)} passage{'s' * (len(found) != 1)}"

@@ -61,7 +61,7 @@ def test_a_broken_plugin_is_shown_as_broken_and_harms_nothing_else(tmp_path: Pat
     done = cli("--data", str(tmp_path / "data"), "plugins", env=env)
     assert done.returncode == 0
     cause = "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"
-    assert f"plugin 'broken' (aiirwkv-broken 9.9) cannot be imported: {cause}" in done.stdout
+    assert f"broken: (aiirwkv-broken 9.9) cannot be imported: {cause}" in done.stdout
     assert "version 0 of the hooks, this is 1" in done.stdout
     assert "llm_rwkv" in done.stdout and "generate, models" in done.stdout
 

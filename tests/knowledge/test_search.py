@@ -1,9 +1,26 @@
 """Searching over the bus: legs, filters, receipt, several collections, and what happens when a part is away."""
 
-import pytest
-from aiirwkv import BadRequest, Bus, Collections, Index, NotFound, NoWorker, Search, Source
+from pathlib import Path
 
-from .conftest import World
+import pytest
+from aiirwkv import (
+    BadRequest,
+    Bus,
+    Collections,
+    Index,
+    NotFound,
+    NoWorker,
+    Plugin,
+    Rerank,
+    Scores,
+    Search,
+    Source,
+    hookimpl,
+)
+from aiirwkv.testing import running
+from aiirwkv_index_chroma import IndexChroma
+
+from .conftest import HashEmbedder, World
 
 SOURCES = [
     Source(text="The museum opens at nine. Tickets cost five euro.", name="museum.txt", tags=["city", "culture"]),
@@ -178,3 +195,25 @@ async def test_many_hidden_neighbours_do_not_starve_a_search(bus: Bus, world: Wo
 def chunk_collection(world: World) -> str:
     (collection,) = world.index._catalogue.names()
     return collection.id
+
+
+class ByLength(Plugin):
+    """A reranker that likes short passages best."""
+
+    @hookimpl
+    async def rerank(self, request: Rerank) -> Scores:
+        return Scores([-float(len(text)) for text in request.texts], "length")
+
+
+async def test_a_reranker_has_the_last_word(tmp_path: Path) -> None:
+    plugins = {"hash": HashEmbedder(), "chroma": IndexChroma(), "length": ByLength()}
+    async with running(plugins, tmp_path) as bus:
+        await bus.call(Index("guide", SOURCES))
+        reply = await bus.call(Search("the museum opens at nine", ["guide"]))
+        lengths = [len(hit.text) for hit in reply.hits]
+        assert lengths == sorted(lengths) and reply.hits[0].score == -lengths[0]
+        assert reply.receipt.stages[-1].name == "rerank" and "4 passages by length" in reply.receipt.stages[-1].note
+        plain = await bus.call(Search("the museum opens at nine", ["guide"], rerank="none"))
+        assert plain.hits[0].document == "museum.txt" and "rerank" not in plain.hits[0].scores
+        with pytest.raises(NoWorker, match="other"):
+            await bus.call(Search("museum", ["guide"], rerank="other"))

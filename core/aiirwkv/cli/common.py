@@ -115,4 +115,6 @@ claim = click.option("--claim", help="A signed claim to ask with (or AIIRWKV_CLA
 @click.pass_context
 def cli(context: click.Context, config: Path | None, data: Path | None) -> None:
     """AIIRWKV: a private system that reads your documents and answers with citations."""
+    if config:  # child processes read it too
+        os.environ["AIIRWKV_CONFIG"] = str(config.absolute())
     context.obj = State(config, data)

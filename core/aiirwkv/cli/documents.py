@@ -38,9 +38,11 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
         group = ulid()
         total = Indexed(collection)
         failed: list[str] = []
+        uploads: list[str] = []
         with JobLines() as lines:
             for path, name in files:
                 uploaded = await bus.put(path, name)
+                uploads.append(uploaded.id)
                 source = Source(uploaded.id, name=name, media_type=uploaded.media_type)
                 await bus.submit(Index(collection, [source]), group=group)
             async with bus.follow(group=group) as changes:
@@ -52,6 +54,9 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
                         total.chunks += part.chunks
                     elif job.over:
                         failed.append(job.error or job.state)
+        if not failed:  # otherwise they are kept for a day, for `aiirwkv jobs retry`
+            for upload in uploads:
+                await bus.discard(upload)
     total.seconds = time.monotonic() - began
     bad = [document for document in total.documents if document.state in ("failed", "needs_ocr")]
     if not as_json:

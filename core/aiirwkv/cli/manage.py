@@ -84,9 +84,9 @@ async def plugins(state: State, as_json: bool) -> None:
             workers = len(served.get(name, ()))
             row["state"] = f"served by {workers} worker{'s' * (workers != 1)}" if workers else "not running"
             if name in broken:
-                row["state"] = f"broken: {broken[name]}"
+                row["state"] = f"broken: {broken[name].removeprefix(f'plugin {name!r} ')}"
         except AiirwkvError as exc:
-            row["state"] = f"broken: {exc}"
+            row["state"] = f"broken: {str(exc).removeprefix(f'plugin {name!r} ')}"
         rows.append(row)
     if as_json:
         show(rows)
@@ -136,11 +136,15 @@ async def models(state: State, as_json: bool) -> None:
         show(reply)
         return
     rows = [
-        [m.name, m.kind, m.version, f"{m.parameters / 1e6:.1f} M", "default" if m.default else "",
+        [m.name, m.kind, m.version, _millions(m.parameters), "default" if m.default else "",
          "demonstration" if m.demonstration else ""]
         for m in reply.models
     ]  # fmt: skip
     click.echo(table(rows, ["model", "kind", "version", "parameters", "", ""]))
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.0f} K"
 
 
 @cli.command()

@@ -65,10 +65,8 @@ async def up(state: State, host: str | None, port: int | None, no_web: bool) -> 
 async def _watch(config: Any, lines: Any) -> None:
     """Show every job until cancelled."""
     from ..bus import Bus
-    from ..jobs import records
 
     async with Bus.connect(config, "terminal") as bus:
-        await records(bus)
         async with bus.follow() as changes:
             began = True
             async for job in changes:
@@ -180,7 +178,7 @@ async def doctor(state: State) -> None:
     """Check the installation, the configuration and the data directory."""
     import shutil
 
-    from ..plugins import check, installed, load_class, origin
+    from ..plugins import check, installed, load, load_class, origin
     from ..server import binary
     from ..supervisor import running
 
@@ -203,6 +201,8 @@ async def doctor(state: State) -> None:
     def configured() -> str:
         config = state.config
         check(config)
+        for name, settings in config.plugins.items():
+            load(name, settings)
         return ", ".join(f"{name}: {' '.join(names)}" for name, names in config.workers.items())
 
     report("python", lambda: sys.version.split()[0])

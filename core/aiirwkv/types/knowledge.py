@@ -33,7 +33,11 @@ class Anchor(Reply, omit_defaults=True):
 
 
 class Converted(Reply, omit_defaults=True):
-    """Extracted text, in `text`, or as the object `object` when it is above 512 KiB."""
+    """
+    Extracted text, in `text`, or as the object `object` when it is above 512 KiB.
+
+    `scanned`: how many of the `pages` show something, but have no text. `markdown`: the text is written in it.
+    """
 
     text: str = ""
     object: str = ""
@@ -41,6 +45,8 @@ class Converted(Reply, omit_defaults=True):
     title: str = ""
     media_type: str = ""
     pages: int = 0
+    scanned: int = 0
+    markdown: bool = False
     warnings: list[str] = []
 
 

@@ -67,7 +67,7 @@ def read(source: Path, target: Path, name: str, media_type: str) -> dict[str, An
     out = Output(target)
     READERS[kind](source, name, out)
     out.close()
-    if out.blank and not any("OCR" in warning for warning in out.warnings):
+    if out.blank and not out.scanned:
         raise Unreadable("there is no text in the file")
     if out.lost:
         out.warnings.append(f"{out.lost} characters could not be read and are shown as \ufffd")
@@ -76,6 +76,8 @@ def read(source: Path, target: Path, name: str, media_type: str) -> dict[str, An
         "title": out.title[:300],
         "media_type": MEDIA_TYPES[kind],
         "pages": out.pages,
+        "scanned": out.scanned,
+        "markdown": out.is_markdown,
         "warnings": out.warnings,
     }
 

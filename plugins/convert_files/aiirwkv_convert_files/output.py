@@ -35,6 +35,8 @@ class Output:
         self.lost = 0
         self.title = ""
         self.pages = 0
+        self.scanned = 0
+        self.is_markdown = False
         self.anchors: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self._fence = ""
@@ -52,6 +54,7 @@ class Output:
 
     def markdown(self, text: str) -> None:
         """Append markdown, noting its headings. To be called with whole lines."""
+        self.is_markdown = True
         for line in BREAK.sub("\n", text).splitlines(keepends=True):
             before, self._line = self._line, line
             start = self.write(line)

@@ -47,6 +47,7 @@ def read_pdf(path: Path, name: str, out: Output) -> None:
     if broken:
         out.warnings.append(f"{broken} of {out.pages} pages are damaged and left out")
     if scanned:
+        out.scanned = scanned
         out.warnings.append(f"{scanned} of {out.pages} pages have no text; OCR is needed")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sized
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
 
@@ -80,8 +80,10 @@ class Turn:
                 if self.model.demonstration and (known := await self._synonyms()):
                     self.evidence = weigh(self.question, sentences, asked, vectors, known)
             self.groups = fit(self.evidence, self.limits)
-            self.note({group[0].rank: f"{len(group)} sentences to read" for group in self.groups})
-            stage.note = f"{len(sentences)} sentences"
+            self.note(
+                {group[0].rank: f"{len(group)} sentence{'s' * (len(group) != 1)} to read" for group in self.groups}
+            )
+            stage.note = f"{len(sentences)} sentence{'s' * (len(sentences) != 1)}"
 
     async def _synonyms(self) -> Synonyms:
         """Words of the question that the best sentences say otherwise."""
@@ -170,3 +172,7 @@ class Turn:
                     usage.completion += chunk.usage.completion
                 if chunk.text:
                     yield chunk.text
+
+
+def _sentences(some: Sized) -> str:
+    return f"{len(some)} sentence{'s' * (len(some) != 1)}"
