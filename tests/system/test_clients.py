@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.conftest import Up
 
 HERE = Path(__file__).parents[1] / "clients"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.conftest import Up, aiirwkv
-
 from aiirwkv import Answer, Hits, Indexed, UsersReply
+
+from tests.conftest import Up, aiirwkv
 
 FACTS = "The boiler is serviced every May.\nThe spare key is in the blue box.\n"
 

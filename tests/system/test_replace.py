@@ -5,9 +5,9 @@ import signal
 import subprocess
 
 import anyio
-from tests.conftest import Up, command
-
 from aiirwkv import Bus, Embed
+
+from tests.conftest import Up, command
 
 
 async def test_a_worker_process_that_is_told_to_end_finishes_what_runs(up: Up) -> None:
