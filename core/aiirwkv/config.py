@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,47 @@ def default_workers() -> dict[str, list[str]]:
     }
 
 
-class Config(msgspec.Struct, forbid_unknown_fields=True):
-    """What config.toml says."""
+class Origin:
+    """Where a configuration was said: a file, and the environment variables that overrode keys of it."""
+
+    def __init__(self, file: str = "config.toml") -> None:
+        self.file = file
+        self._overrides: dict[tuple[str, ...], tuple[str, str | None]] = {}
+
+    def note(self, path: Sequence[str], variable: str, text: str | None = None) -> None:
+        """The key at `path` comes from an environment variable, which says `text`; without `text`: the table does."""
+        self._overrides[tuple(path)] = variable, text
+
+    def of(self, path: Sequence[str]) -> str:
+        """What to blame for the key at `path`."""
+        places = (tuple(path[:end]) for end in range(len(path), 0, -1))
+        variable = next((self._overrides[place][0] for place in places if place in self._overrides), "")
+        return f"the environment variable {variable}" if variable else self.file
+
+    def text(self, path: Sequence[str]) -> str | None:
+        """The text of the environment variable that set just this key."""
+        return self._overrides.get(tuple(path), ("", None))[1]
+
+
+class Settings(dict[str, Any]):
+    """The table of one plugin, and where it was said."""
+
+    def __init__(self, table: Mapping[str, Any], origin: Origin) -> None:
+        super().__init__(table)
+        self.origin = origin
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, dict=True):
+    """What config.toml says; `origin` knows where."""
 
     use: Use = msgspec.field(default_factory=Use)
     workers: dict[str, list[str]] = msgspec.field(default_factory=default_workers)
     bus: BusConfig = msgspec.field(default_factory=BusConfig)
     web: Web = msgspec.field(default_factory=Web)
     plugins: dict[str, dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        self.origin = Origin()
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -111,21 +144,27 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
             raise ConfigError(f"cannot read {file}: {exc.strerror}; give another file with --config") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise ConfigError(f"{file} is not valid TOML: {exc}") from None
+    origin = Origin(str(file))
     for key, value in environ.items():
         if key.startswith(ENV) and "__" in key:
-            _override(table, key, value)
-    return parse(_secrets(table, environ, str(file)), str(file))
+            _override(table, key, value, origin)
+    return parse(_secrets(table, environ, str(file)), origin)
 
 
-def parse(table: dict[str, Any], file: str = "config.toml") -> Config:
-    """A checked Config; an error names file, table and key, and says what was probably meant."""
+def parse(table: dict[str, Any], origin: Origin | None = None) -> Config:
+    """A checked Config; an error names file (or environment variable), table and key, and what was probably meant."""
+    origin = origin or Origin()
     try:
-        return msgspec.convert(table, Config)
+        config = msgspec.convert(table, Config)
     except msgspec.ValidationError as exc:
-        raise ConfigError(explain(str(exc), file, Config)) from None
+        raise ConfigError(explain(str(exc), origin, Config)) from None
+    config.origin = origin
+    for name, settings in config.plugins.items():
+        config.plugins[name] = Settings(settings, origin)
+    return config
 
 
-def explain(message: str, file: str, kind: Any, table: str = "") -> str:
+def explain(message: str, origin: Origin, kind: Any, table: Sequence[str] = ()) -> str:
     """msgspec's message in the words of the file: `[web] port: expected int, got str`."""
     text, _, path = message.partition(" - at `$")
     keys = [key for key in re.split(r"[.\[\]`]+", path) if key and key != "..."]
@@ -135,10 +174,12 @@ def explain(message: str, file: str, kind: Any, table: str = "") -> str:
         known = [field.name for field in _fields(kind)]
         close = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known) or 'nothing'}"
-        where = f"[{table or '.'.join(keys)}]" if table or keys else "the top level"
-        return f"{file}: {where} has no key {unknown[1]!r}; {hint}"
+        place = [*table, *keys]
+        where = f"[{'.'.join(place)}]" if place else "the top level"
+        return f"{origin.of([*place, unknown[1]])}: {where} has no key {unknown[1]!r}; {hint}"
+    file = origin.of([*table, *keys])
     if table:
-        where = f"[{table}] {'.'.join(keys)}"
+        where = f"[{'.'.join(table)}] {'.'.join(keys)}"
     else:
         where = f"[{keys[0]}] {'.'.join(keys[1:])}" if len(keys) > 1 else "".join(keys)
     return f"{file}: {where.strip()}: {text[0].lower()}{text[1:]}"
@@ -148,16 +189,34 @@ def _fields(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
     return msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else ()
 
 
-def _override(table: dict[str, Any], key: str, value: str) -> None:
+def _override(table: dict[str, Any], key: str, value: str, origin: Origin) -> None:
     *path, last = key.removeprefix(ENV).lower().split("__")
-    for part in path:
+    kind: Any = Config
+    for depth, part in enumerate(path, 1):
+        if part not in table:
+            origin.note(path[:depth], key)
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise ConfigError(f"the environment variable {key} names a key below {part!r}, which is no table")
+        kind = next((field.type for field in _fields(kind) if field.name == part), None)
+    origin.note([*path, last], key, value)
     try:
-        table[last] = tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        table[last] = value
+        read = value
+    wanted = next((field.type for field in _fields(kind) if field.name == last), Any)
+    table[last] = fitting(read, value, wanted)
+
+
+def fitting(value: Any, text: str, kind: Any) -> Any:
+    """The value of an override, or its text as it stands where only that is of the wanted kind: 12345 as a password."""
+    for candidate in (value, text):
+        try:
+            msgspec.convert(candidate, kind)
+        except msgspec.ValidationError:
+            continue
+        return candidate
+    return value
 
 
 def _secrets(value: Any, environ: Mapping[str, str], where: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pluggy
 
-from .config import Config, explain
+from .config import Config, Origin, Settings, explain, fitting
 from .errors import ConfigError, PluginError
 from .hooks import API, Hooks, Plugin
 from .types import REQUESTS
@@ -66,10 +66,15 @@ def load_class(name: str) -> type[Plugin]:
 def load(name: str, settings: Mapping[str, Any]) -> Plugin:
     """Import one plugin and give it its settings."""
     cls = load_class(name)
+    origin, place = settings.origin if isinstance(settings, Settings) else Origin(), ("plugins", name)
+    given = dict(settings)
+    for field in msgspec.structs.fields(cls):
+        if (text := origin.text((*place, field.name))) is not None:
+            given[field.name] = fitting(given[field.name], text, field.type)
     try:
-        return msgspec.convert(dict(settings), cls)
+        return msgspec.convert(given, cls)
     except msgspec.ValidationError as exc:
-        raise PluginError(explain(str(exc), "config.toml", cls, f"plugins.{name}")) from None
+        raise PluginError(explain(str(exc), origin, cls, place)) from None
 
 
 def hooks(cls: type[Plugin]) -> list[str]:
@@ -87,15 +92,23 @@ def settings(cls: type[Plugin]) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Refuse a configuration that names plugins nobody installed, or settings for none."""
     served = {plugin for names in config.workers.values() for plugin in names}
-    for name in sorted(served | set(config.plugins)):
-        find(name)
+    for process, names in config.workers.items():
+        for name in names:
+            _known(name, config, "workers", process)
+    for name in config.plugins:
+        _known(name, config, "plugins", name)
     for hook in config.use.__struct_fields__:
         for name in config.use.plugins(hook):
-            try:
-                find(name)
-            except PluginError as exc:
-                if name in served or getattr(config.use, hook) != getattr(type(config.use)(), hook):
-                    raise ConfigError(f"config.toml: [use] {hook}: {exc}") from None
+            if name in served or getattr(config.use, hook) != getattr(type(config.use)(), hook):
+                _known(name, config, "use", hook)
+
+
+def _known(name: str, config: Config, table: str, key: str) -> None:
+    try:
+        find(name)
+    except PluginError as exc:
+        where = f"[{table}.{key}]" if table == "plugins" else f"[{table}] {key}"
+        raise ConfigError(f"{config.origin.of((table, key))}: {where}: {exc}") from None
 
 
 class Registry:

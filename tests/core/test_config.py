@@ -9,6 +9,7 @@ import pytest
 from aiirwkv import ConfigError, PluginError
 from aiirwkv.config import Config, data_directory, load
 from aiirwkv.plugins import check
+from aiirwkv.plugins import load as load_plugin
 
 
 def read(tmp_path: Path, text: str, **environ: str) -> Config:
@@ -53,11 +54,55 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, complaint: str) ->
     assert "config.toml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_plugin_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PluginError, match="no plugin named 'llm_rwvk' is installed; did you mean 'llm_rwkv'"):
-        check(read(tmp_path, '[workers]\nllm = ["llm_rwvk"]\n'))
-    with pytest.raises(ConfigError, match=r"\[use\] embed: no plugin named 'embed_minim'.*did you mean 'embed_minilm'"):
-        check(read(tmp_path, '[use]\nembed = "embed_minim"\n'))
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('[workers]\nllm = ["llm_rwvk"]', r"\[workers\] llm: no plugin named 'llm_rwvk' .*; did you mean 'llm_rwkv'"),
+        ('[use]\nembed = "embed_minim"', r"\[use\] embed: no plugin named 'embed_minim' .*; did you mean"),
+        ('[plugins.llm_rwvk]\nmodel = "x"', r"\[plugins.llm_rwvk\]: no plugin named 'llm_rwvk' .*; did you mean"),
+    ],
+)
+def test_a_plugin_that_does_not_exist_is_named_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{file}: {complaint}"):
+        check(load(file, {}))
+    done = subprocess.run(
+        [sys.executable, "-m", "aiirwkv", "--config", str(file), "--data", str(tmp_path / "data"), "up"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and f"{file}: " in done.stderr + done.stdout
+
+
+def test_a_plugins_settings_blame_their_file_or_variable(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[plugins.llm_rwkv]\nmodell = 'x'\n")
+    with pytest.raises(PluginError, match=rf"^{file}: \[plugins.llm_rwkv\] has no key 'modell'"):
+        load_plugin("llm_rwkv", load(file, {}).plugins["llm_rwkv"])
+    config = load(file, {"AIIRWKV_PLUGINS__RAG__WEAK": "very", "AIIRWKV_PLUGINS__EMBED_BGE__MODEL": "7"})
+    with pytest.raises(PluginError, match=r"^the environment variable AIIRWKV_PLUGINS__RAG__WEAK: .*\] weak: expected"):
+        load_plugin("rag", config.plugins["rag"])
+    assert getattr(load_plugin("embed_bge", config.plugins["embed_bge"]), "model") == "7"  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "complaint"),
+    [
+        ("AIIRWKV_WEB__PORT", "abc", r"\[web\] port: expected `int`, got `str`"),
+        ("AIIRWKV_FOO__BAR", "1", "the top level has no key 'foo'"),
+        ("AIIRWKV_WEB__PROT", "1", r"\[web\] has no key 'prot'; did you mean 'port'"),
+        ("AIIRWKV_USE__EMBED", "embed_minim", r"\[use\] embed: no plugin named 'embed_minim'"),
+    ],
+)
+def test_a_wrong_variable_is_blamed_not_the_file(tmp_path: Path, variable: str, value: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=f"^the environment variable {variable}: {complaint}"):
+        check(read(tmp_path, "[web]\nhost = '::1'\n", **{variable: value}))
+
+
+@pytest.mark.parametrize("password", ["12345", "true", "1979-05-27", "{ a = 1 }", "[1]", "'it", '"12345"'])
+def test_a_text_takes_a_variable_as_it_stands(tmp_path: Path, password: str) -> None:
+    assert read(tmp_path, "", AIIRWKV_BUS__PASSWORD=password).bus.password == password.strip('"')
 
 
 def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
