@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from .errors import ConfigError
+from .plugins import installed, origin
 
 MODULE = '''"""{title}: hashed bags of words as vectors. Replace this by what your plugin does."""
 
@@ -55,6 +56,11 @@ from aiirwkv_{name} import {title}
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # NATS clients need it
+
+
 async def test_embed(tmp_path: Path) -> None:
     async with running({{"{name}": {title}(dim=8)}}, tmp_path) as bus:
         [row] = (await bus.call(Embed(["two words"]))).rows()
@@ -66,6 +72,9 @@ def write(name: str, folder: Path) -> list[Path]:
     """Write the plugin's three files below `folder`; refuses to overwrite."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name) or keyword.iskeyword(name):
         raise ConfigError(f"{name!r} cannot be a plugin's name: use lower-case letters, digits and _, like my_embedder")
+    if name in installed():
+        taken = origin(installed()[name])
+        raise ConfigError(f"a plugin named {name!r} is installed already ({taken}); choose another name")
     names = {"name": name, "dashed": name.replace("_", "-"), "title": name.title().replace("_", "")}
     root = folder / f"aiirwkv-{names['dashed']}"
     files = {

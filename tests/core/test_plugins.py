@@ -76,9 +76,26 @@ def test_the_template_refuses_bad_names(tmp_path: Path) -> None:
     for name in ("My-Plugin", "1st", "class", "../x"):
         with pytest.raises(ConfigError, match="cannot be a plugin's name"):
             write(name, tmp_path)
+    with pytest.raises(ConfigError, match=r"'rag' is installed already \(aiirwkv-rag .*\); choose another name"):
+        write("rag", tmp_path)
     write("twice", tmp_path)
     with pytest.raises(ConfigError, match="exists already"):
         write("twice", tmp_path)
+
+
+def test_the_templates_test_runs_on_asyncio_whoever_provides_the_backend(tmp_path: Path) -> None:
+    """Without our pytest plugin, anyio's own fixture would ask for each backend, for trio too where it is installed."""
+    write("alone", tmp_path)
+    project = tmp_path / "aiirwkv-alone"
+    env = dict(os.environ) | {"PYTHONPATH": str(project)}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:aiirwkv", "-p", "no:cacheprovider", "--rootdir"]
+    done = subprocess.run([*command, str(project), str(project)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "::test_embed PASSED" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_worker_without_plugins_is_wrong_usage(tmp_path: Path) -> None:
+    done = cli("--data", str(tmp_path), "worker")
+    assert done.returncode == 2 and "Usage: " in done.stderr and "name the plugins to serve" in done.stderr
 
 
 @pytest.mark.timeout(300)

@@ -94,6 +94,8 @@ async def worker(
     from ..bus import Bus
     from ..worker import build, serving
 
+    if not plugins and not supervised:
+        raise click.UsageError("name the plugins to serve; aiirwkv plugins lists them", click.get_current_context())
     logs.to_stderr()
     config, data = state.config, state.data
     async with Bus.connect(_where(config, data, url, credentials), process) as bus:
