@@ -42,6 +42,14 @@ async def test_a_claim_says_who_calls(bus: Bus) -> None:
     assert (await Verifier(bus).check(reply.token)).name == "anna"
 
 
+async def test_a_user_extends_himself_by_a_day_an_owner_by_a_month(bus: Bus) -> None:
+    hers = await anna(bus)
+    assert (await hers.call(Users("claim", seconds=86400))).token
+    with pytest.raises(BadRequest, match="`seconds` is 86401, and must be from 1 to 86400"):
+        await hers.call(Users("claim", seconds=86401))
+    assert (await bus.call(Users("claim", "anna", seconds=30 * 86400))).token
+
+
 async def test_only_an_owner_manages_users(bus: Bus) -> None:
     hers = await anna(bus)
     for request in (Users("list"), Users("add", "bob"), Users("remove", "anna"), Users("claim", "owner")):
@@ -88,7 +96,7 @@ async def test_errors_say_what_to_do(bus: Bus) -> None:
             await bus.call(Users("claim", seconds=seconds))
     with pytest.raises(BadRequest, match="needs `name`"):
         await bus.call(Users("add"))
-    for name in (" anna", "a\nb", "x" * 65):
+    for name in (" anna", "   ", "\t", "a\nb", "a\x1b[2Jb", "x" * 65, "role:admin", ":"):
         with pytest.raises(BadRequest, match="printable"):
             await bus.call(Users("add", name))
 

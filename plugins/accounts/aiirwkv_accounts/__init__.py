@@ -14,7 +14,9 @@ from .key import private_key
 __all__ = ["Accounts"]
 
 LONGEST = 30 * 86400.0
-"""Seconds a claim may be valid."""
+"""Seconds a claim may be valid that an owner asks for."""
+OWN = 86400.0
+"""Seconds a claim may be valid that a user asks for: whoever was removed cannot go on for long."""
 
 
 class Accounts(Plugin):
@@ -54,8 +56,9 @@ class Accounts(Plugin):
         name = request.name or caller.name
         if name != caller.name and "owner" not in caller.roles:
             raise Forbidden(f"users, claim: {caller.name!r} may have a claim for itself only, not for {name!r}")
-        if not 1 <= request.seconds <= LONGEST:
-            raise BadRequest(f"users, claim: `seconds` is {request.seconds:g}, and must be from 1 to {LONGEST:.0f}")
+        longest = LONGEST if "owner" in caller.roles else OWN
+        if not 1 <= request.seconds <= longest:
+            raise BadRequest(f"users, claim: `seconds` is {request.seconds:g}, and must be from 1 to {longest:.0f}")
         user = self.directory.get(name)
         expires = time.time() + request.seconds
         return UsersReply([user], mint(self.key, user, expires), expires)

@@ -50,8 +50,11 @@ class Directory:
 
     def add(self, name: str, roles: Sequence[str]) -> User:
         """Conflict when the name is taken. A user who was removed comes back, with these roles."""
-        if not name.isprintable() or name != name.strip() or len(name) > 64:
-            raise BadRequest(f"{name!r} cannot be a user's name: 1 to 64 printable characters, no blanks around them")
+        if not name.isprintable() or name != name.strip() or not 1 <= len(name) <= 64 or ":" in name:
+            raise BadRequest(
+                f"{name!r} cannot be a user's name: 1 to 64 printable characters, no blanks around them, and no colon, "
+                "which marks roles, as in role:NAME"
+            )
         user = User(name, tuple(dict.fromkeys(roles)))
         added = self._db.execute(
             "INSERT INTO users VALUES (?, ?, ?, 0) "
