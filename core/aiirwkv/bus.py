@@ -42,9 +42,11 @@ ERROR, ERROR_CODE = "Nats-Service-Error", "Nats-Service-Error-Code"
 TIMEOUT = "Aiirwkv-Timeout"
 SEQUENCE = "Aiirwkv-Sequence"
 ALIVE = "Aiirwkv-Alive"
+HEARTBEAT = "Aiirwkv-Heartbeat"
 USER = "Aiirwkv-User"
 JOB = "Aiirwkv-Job"
 GROUP = "Aiirwkv-Group"
+GENERATION = "Aiirwkv-Generation"
 MESSAGE_ID = "Nats-Msg-Id"
 NO_RESPONDERS = "503"
 
@@ -72,7 +74,9 @@ def check(msg: Msg, asked: str) -> Msg:
     if headers.get("Status") == NO_RESPONDERS:
         raise NoWorker(nobody(asked))
     if code := headers.get(ERROR_CODE):
-        raise BY_CODE.get(int(code), ServiceError)(headers.get(ERROR, ""))
+        # nats-py reads headers as ASCII and keeps other bytes as surrogates
+        text = headers.get(ERROR, "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        raise BY_CODE.get(int(code), ServiceError)(text)
     return msg
 
 
@@ -269,7 +273,7 @@ class Bus:
             expected += 1
             if not msg.data:
                 return
-            if msg.data != b"{}":  # a sign of life
+            if HEARTBEAT not in (msg.headers or {}):
                 yield msg.data
 
     def _headers(self, timeout: float) -> dict[str, str]:

@@ -42,6 +42,14 @@ def _identity(worker: Worker, kind: str) -> dict[str, Any]:
     }
 
 
+def _told(tell: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a plugin says; if it fails to, why, so that the others are heard all the same."""
+    try:
+        return tell()
+    except Exception as exc:
+        return {"error": f"{type(exc).__name__}: {exc}"}
+
+
 def ping(worker: Worker) -> dict[str, Any]:
     """Who is there."""
     return _identity(worker, "ping")
@@ -58,7 +66,7 @@ def info(worker: Worker) -> dict[str, Any]:
                 "plugin": endpoint.plugin,
                 "rank": str(endpoint.rank),
                 "distribution": origin_of(endpoint.instance),
-                "about": msgspec.json.encode(endpoint.instance.about()).decode(),
+                "about": msgspec.json.encode(_told(endpoint.instance.about)).decode(),
             },
         }
         for endpoint in worker.endpoints
@@ -79,7 +87,7 @@ def stats(worker: Worker) -> dict[str, Any]:
             "last_error": endpoint.last_error,
             "processing_time": endpoint.nanoseconds,
             "average_processing_time": endpoint.nanoseconds // max(endpoint.requests, 1),
-            "data": {"active": endpoint.active, **endpoint.instance.stats()},
+            "data": {"active": endpoint.active, **_told(endpoint.instance.stats)},
         }
         for endpoint in worker.endpoints
     ]

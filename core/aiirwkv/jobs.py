@@ -13,8 +13,8 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, BadRequestError
 from nats.js.errors import NotFoundError as MissingError
 
-from .bus import DAY, GROUP, JOB, JOBS_BUCKET, JOBS_STREAM, MESSAGE_ID, PREFIX, USER, Bus
-from .errors import Conflict, NotFound, TooLarge
+from .bus import DAY, GENERATION, GROUP, JOB, JOBS_BUCKET, JOBS_STREAM, MESSAGE_ID, PREFIX, USER, Bus
+from .errors import AiirwkvError, Conflict, NotFound, TooLarge
 from .hooks import Context, Plugin, hookimpl
 from .identity import bearer
 from .store import Bucket, storage
@@ -60,6 +60,12 @@ async def save(bus: Bus, job: Job) -> None:
     await (await records(bus)).put(f"job.{job.id}", msgspec.json.encode(job))
 
 
+async def replace(bus: Bus, job: Job, revision: int) -> bool:
+    """Save a job unless its record has changed since it was read; whether it was saved."""
+    job.updated = time.time()
+    return await (await records(bus)).update(f"job.{job.id}", msgspec.json.encode(job), revision)
+
+
 async def submit(bus: Bus, request: Request[Any], *, to: str | None, group: str, id: str) -> Job:
     """Put a request into the work queue, with a record that says it is queued."""
     body = msgspec.json.encode(request)
@@ -68,25 +74,33 @@ async def submit(bus: Bus, request: Request[Any], *, to: str | None, group: str,
             f"a job's request has at most {LIMIT >> 10} KiB, this {request.hook} has {len(body) >> 10}; put what is "
             "large into the object store and name it"
         )
-    now = time.time()
-    job = Job(id, request.hook, to or "", group=group, created=now, updated=now, request=msgspec.Raw(body))
+    job = Job(id, request.hook, to or "", group=group, created=time.time(), request=msgspec.Raw(body))
     job.claim, job.user = bus.claim, bearer(bus.claim).name
-    if not await (await records(bus)).create(f"job.{id}", msgspec.json.encode(job)):
+    if not await replace(bus, job, 0):
         return await find(bus, id) or job
     await provide_stream(bus.nc.jetstream())
-    await _publish(bus, job)
+    try:
+        await _publish(bus, job)
+    except AiirwkvError:
+        await (await records(bus)).delete(f"job.{id}")
+        raise
     return job
 
 
 async def _publish(bus: Bus, job: Job) -> None:
-    headers = {MESSAGE_ID: f"{job.id}-{job.attempt}", JOB: job.id, GROUP: job.group, USER: job.claim}
+    headers = {
+        MESSAGE_ID: f"{job.id}-{job.generation}",
+        JOB: job.id,
+        GENERATION: str(job.generation),
+        GROUP: job.group,
+        USER: job.claim,
+    }
     with storage("job", job.id):
-        ack = await bus.nc.jetstream().publish(
+        await bus.nc.jetstream().publish(
             job_subject(job.hook, job.plugin),
             msgspec.json.encode(job.request),
             headers={key: value for key, value in headers.items() if value},
         )
-    job.sequence = ack.seq
 
 
 async def changes(updates: AsyncIterator[tuple[str, bytes] | None], *, group: str, forever: bool) -> AsyncIterator[Job]:
@@ -125,31 +139,36 @@ class CoreJobs(Plugin):
             jobs = [await self._get(request.id, ctx)]
         if request.action == "get":
             return JobsReply([_public(job) for job in jobs])
-        for job in jobs:
-            if request.group and not request.id and not _applies(request.action, job):
-                continue
-            await self._steer(request.action, job)
-        return JobsReply([_public(job) for job in jobs])
+        if request.group and not request.id:
+            jobs = [job for job in jobs if _applies(request.action, job)]
+        return JobsReply([_public(await self._steer(request.action, job.id)) for job in jobs])
 
-    async def _steer(self, action: Literal["cancel", "pause", "resume", "retry"] | str, job: Job) -> None:
-        if not _applies(action, job):
-            raise Conflict(f"job {job.id} is {job.state}: it cannot be {PARTICIPLES[action]}")
+    async def _steer(self, action: Literal["cancel", "pause", "resume", "retry"] | str, id: str) -> Job:
+        """Change a job's record as wished, however often it changes meanwhile."""
         bucket = await records(self.bus)
-        if action in ("cancel", "pause"):
-            if job.state == "running":
+        while True:
+            entry = await bucket.entry(f"job.{id}")
+            if entry is None:
+                raise Conflict(f"job {id} has not been looked at yet; try again when a worker for it runs")
+            job = msgspec.json.decode(entry[0], type=Job)
+            if not _applies(action, job):
+                raise Conflict(f"job {job.id} is {job.state}: it cannot be {PARTICIPLES[action]}")
+            if action in ("cancel", "pause") and job.state == "running":
                 await bucket.put(f"control.{job.id}", action.encode())
-                return
-            job.state = "cancelled" if action == "cancel" else "paused"
-        else:
-            if job.request is None:
+                return job
+            if action in ("cancel", "pause"):
+                job.state = "cancelled" if action == "cancel" else "paused"
+            elif job.request is None:
                 raise Conflict(f"job {job.id} is too large to be kept; submit it again")
+            else:
+                job.state, job.stalled, job.reached, job.error, job.code = "queued", 0, -1.0, "", 0
+                job.generation += 1  # the messages of before are void
+            if await replace(self.bus, job, entry[1]):
+                break
+        if job.state == "queued":
             await bucket.delete(f"control.{job.id}")
-            job.state, job.stalled, job.reached, job.error, job.code = "queued", 0, -1.0, "", 0
-            job.attempt += 1
-            await save(self.bus, job)
             await _publish(self.bus, job)
-            return
-        await save(self.bus, job)
+        return job
 
     async def _get(self, id: str, ctx: Context) -> Job:
         job = await find(self.bus, id) if re.fullmatch(r"[\w-]{1,64}", id, re.ASCII) else None
@@ -163,13 +182,12 @@ class CoreJobs(Plugin):
         """All records, and what raw clients queued that nobody has looked at yet; oldest first."""
         values = await (await records(self.bus)).values("job.>")
         jobs = {job.id: job for job in (msgspec.json.decode(value, type=Job) for value in values)}
-        known = {job.sequence for job in jobs.values()} | {0}
         js = self.bus.nc.jetstream()
         with suppress(MissingError):
             state = (await js.stream_info(JOBS_STREAM)).state
             if state.messages > sum(not job.over for job in jobs.values()):
                 for sequence in range(state.first_seq, min(state.last_seq, state.first_seq + 1000) + 1):
-                    if sequence not in known and (job := await self._waiting(sequence)) and job.id not in jobs:
+                    if (job := await self._waiting(sequence)) and job.id not in jobs:
                         jobs[job.id] = job
         return sorted(jobs.values(), key=lambda job: (job.created, job.id))
 
@@ -185,7 +203,7 @@ class CoreJobs(Plugin):
         _, _, hook, *plugin = (msg.subject or "").split(".")
         stamp = getattr(msg, "time", None)
         created = stamp.timestamp() if stamp else 0.0
-        return Job(str(sequence), hook, plugin[0] if plugin else "", created=created, sequence=sequence)
+        return Job(str(sequence), hook, plugin[0] if plugin else "", created=created)
 
     @staticmethod
     def _visible(job: Job, ctx: Context) -> bool:

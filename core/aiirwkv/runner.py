@@ -17,9 +17,9 @@ from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError
 
-from .bus import GROUP, JOB, JOBS_STREAM, MESSAGE_ID, USER
+from .bus import GENERATION, GROUP, JOB, JOBS_STREAM, MESSAGE_ID, USER
 from .errors import AiirwkvError, Busy, NoWorker, ServiceError
-from .jobs import LIMIT, find, job_subject, provide_stream, records, save
+from .jobs import LIMIT, job_subject, provide_stream, records, replace, save
 from .store import storage
 from .types import REQUESTS, Job
 
@@ -69,11 +69,18 @@ class JobRunner:
             arrived.clear()
             wake = anyio.Event()
             await self.bus.nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{JOBS_STREAM}.{consumer}", ask, reply=inbox)
-            with anyio.move_on_after(PULL + 5):
-                await wake.wait()
+            await self._arrival(wake)
             if not arrived:  # otherwise the delivery gives the slot back
                 slots.release()
                 await anyio.sleep(0.05)
+
+    async def _arrival(self, wake: anyio.Event) -> None:
+        """Wait for the answer to a pull, which is lost when the bus was away."""
+        reconnects = self.bus.nc.stats["reconnects"]
+        with anyio.move_on_after(PULL + 5):
+            while not wake.is_set() and self.bus.nc.stats["reconnects"] == reconnects:
+                with anyio.move_on_after(1):
+                    await wake.wait()
 
     async def retire(self) -> None:
         """Take no more jobs, and hand the running ones back at once."""
@@ -118,42 +125,54 @@ class JobRunner:
                 await msg.nak()
             elif job := await self._begin(endpoint, msg):
                 await self._run(endpoint, msg, job)
-        except (AiirwkvError, nats.errors.Error, APIError, OSError) as exc:
-            log.warning("a job for %s could not be kept track of and will come again: %s", endpoint.hook, exc)
+        except Exception as exc:  # whatever it is, the worker lives on
+            level = logging.WARNING if isinstance(exc, AiirwkvError | nats.errors.Error | APIError) else logging.ERROR
+            log.log(level, "a job for %s could not be kept track of and will come again: %s", endpoint.hook, exc,
+                    exc_info=level == logging.ERROR)  # fmt: skip
         finally:
             slots.release()
 
     async def _begin(self, endpoint: Endpoint, msg: Msg) -> Job | None:
         """The record of a job that shall run now; None if it need not or may not."""
         headers = msg.headers or {}
-        sequence = msg.metadata.sequence.stream
         named = headers.get(JOB) or headers.get(MESSAGE_ID) or ""
-        id = named if re.fullmatch(r"[\w-]{1,64}", named, re.ASCII) else str(sequence)
-        job = await find(self.bus, id)
-        if job is None:
-            job = Job(id, endpoint.hook, group=headers.get(GROUP, ""), created=_time(msg))
-            job.request = msgspec.Raw(msg.data) if len(msg.data) <= LIMIT else None
-            job.claim = headers.get(USER, "")
-        elif job.over or job.state == "paused" or sequence < job.sequence or job.claim != headers.get(USER, ""):
-            await msg.ack()
-            return None
-        job.plugin, job.sequence = endpoint.plugin, sequence
+        id = named if re.fullmatch(r"[\w-]{1,64}", named, re.ASCII) else str(msg.metadata.sequence.stream)
+        bucket = await records(self.bus)
+        while True:
+            entry = await bucket.entry(f"job.{id}")
+            if entry is None:
+                job, revision = Job(id, endpoint.hook, group=headers.get(GROUP, ""), created=_time(msg)), 0
+                job.request = msgspec.Raw(msg.data) if len(msg.data) <= LIMIT else None
+                job.claim = headers.get(USER, "")
+            else:
+                job, revision = msgspec.json.decode(entry[0], type=Job), entry[1]
+                void = headers.get(GENERATION, "0") != str(job.generation) or job.claim != headers.get(USER, "")
+                if void or job.over or job.state == "paused" or job.id in self._running:
+                    await msg.ack()
+                    return None
+            if refusal := await self._refusal(job, msg):
+                await self._fail(msg, job, *refusal)
+                return None
+            job.plugin = endpoint.plugin
+            job.stalled = job.stalled + 1 if job.attempt and job.done <= job.reached else 0
+            job.reached = max(job.reached, job.done)
+            if job.stalled >= STALLED:
+                cause = job.error or "the worker died each time; see its log (aiirwkv doctor names the folder)"
+                await self._fail(msg, job, f"gave up after {STALLED} tries in a row without progress: {cause}", 500)
+                return None
+            job.attempt += 1
+            job.state, job.note = "running", ""
+            if await replace(self.bus, job, revision):  # otherwise somebody has just paused or cancelled it
+                return job
+
+    async def _refusal(self, job: Job, msg: Msg) -> tuple[str, int] | None:
+        """Why a job may not run, if so."""
         try:
             job.user = (await self.worker.caller(job.claim, at=job.created)).name
             msgspec.json.decode(msg.data or b"{}", type=REQUESTS[job.hook])
         except (ServiceError, msgspec.MsgspecError) as exc:
-            await self._fail(msg, job, f"{job.hook}: {exc}", getattr(exc, "code", 400))
-            return None
-        job.stalled = job.stalled + 1 if job.attempt and job.done <= job.reached else 0
-        job.reached = max(job.reached, job.done)
-        if job.stalled >= STALLED:
-            cause = job.error or "the worker died each time; see its log (aiirwkv doctor names the folder)"
-            await self._fail(msg, job, f"gave up after {STALLED} tries in a row without progress: {cause}", 500)
-            return None
-        job.attempt += 1
-        job.state, job.note = "running", ""
-        await save(self.bus, job)
-        return job
+            return f"{job.hook}: {exc}", getattr(exc, "code", 400)
+        return None
 
     async def _run(self, endpoint: Endpoint, msg: Msg, job: Job) -> None:
         wish: list[str] = []
@@ -176,7 +195,7 @@ class JobRunner:
                 if not scope.cancel_called:
                     await self._done(msg, job, result)
             finally:
-                del self._running[job.id]
+                self._running.pop(job.id, None)
         if scope.cancel_called and job.state == "running":
             with anyio.CancelScope(shield=True):
                 await self._stopped(msg, job, wish[0] if wish else "")
@@ -204,7 +223,8 @@ class JobRunner:
     async def _done(self, msg: Msg, job: Job, result: Any) -> None:
         body = msgspec.json.encode(result)
         if len(body) > LIMIT:
-            body = msgspec.json.encode({"object": (await self.bus.put(body, f"{job.id}.json", "application/json")).id})
+            users = self.bus.bound(claim=job.claim)
+            body = msgspec.json.encode({"object": (await users.put(body, f"{job.id}.json", "application/json")).id})
         job.state, job.result, job.error, job.code = "done", msgspec.Raw(body), "", 0
         await self._close(msg, job)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -21,7 +23,11 @@ from .config import BusConfig
 from .errors import ServerError
 from .processes import end, spawn
 
+log = logging.getLogger(__name__)
+
 USER = "aiirwkv"
+ROOM = 8 << 20
+"""Bytes that must be free before a server that stopped writing is started again."""
 
 
 def binary() -> str:
@@ -39,36 +45,85 @@ def binary() -> str:
 async def embedded(store: Path, config: BusConfig | None = None) -> AsyncIterator[BusConfig]:
     """Run nats-server for as long as the block lasts; yields where it is, with the other settings of `config`."""
     config = config or BusConfig()
-    program = binary()
     store.mkdir(parents=True, exist_ok=True, mode=0o700)
     _end_orphan(store)
-    password = _password(store)
-    log = store / "nats-server.log"
     with tempfile.TemporaryDirectory(prefix="aiirwkv-nats-") as folder:
-        conf = Path(folder) / "nats.conf"
+        server = Server(store, Path(folder), config.port)
+        try:
+            url = await server.start()
+            keeper = asyncio.create_task(server.keep())
+            try:
+                yield msgspec.structs.replace(config, url=url, user=USER, password=server.password)
+            finally:
+                keeper.cancel()
+                await asyncio.gather(keeper, return_exceptions=True)
+        finally:
+            await server.stop()
+
+
+class Server:
+    """A nats-server process that comes back on the same port when it dies."""
+
+    def __init__(self, store: Path, folder: Path, port: int) -> None:
+        self.password = _password(store)
+        self._program, self._store, self._folder, self._port = binary(), store, folder, port
+        self._log = store / "nats-server.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> str:
+        """Start it and wait until it is ready; returns its URL."""
+        conf = self._folder / "nats.conf"
         conf.touch(mode=0o600)
         conf.write_text(
-            f"host: 127.0.0.1\nport: {config.port}\nports_file_dir: {json.dumps(folder)}\n"
-            f"jetstream {{ store_dir: {json.dumps(str(store))} }}\n"
-            f"authorization {{ user: {USER}, password: {json.dumps(password)} }}\n",
+            f"host: 127.0.0.1\nport: {self._port}\nports_file_dir: {json.dumps(str(self._folder))}\n"
+            f"jetstream {{ store_dir: {json.dumps(str(self._store))} }}\n"
+            f"authorization {{ user: {USER}, password: {json.dumps(self.password)} }}\n",
             encoding="utf-8",
         )
-        offset = log.stat().st_size if log.exists() else 0
-        process = await spawn([program, "--config", str(conf), "--log", str(log)])
-        try:
-            (store / "pid").write_text(str(process.pid))
-            with anyio.move_on_after(10) as waiting:
-                while not (found := [path for path in Path(folder).glob("*.ports") if path.stat().st_size]):
-                    if process.returncode is not None:
-                        raise ServerError(_why(log, offset, config.port))
-                    await anyio.sleep(0.01)
-            if waiting.cancelled_caught:
-                raise ServerError(f"nats-server was not ready after 10 s; see {log}")
-            url = json.loads(found[0].read_text())["nats"][0]
-            yield msgspec.structs.replace(config, url=url, user=USER, password=password)
-        finally:
-            await end(process)
-            (store / "pid").unlink(missing_ok=True)
+        for left in self._folder.glob("*.ports"):
+            left.unlink()
+        offset = self._log.stat().st_size if self._log.exists() else 0
+        self._process = await spawn([self._program, "--config", str(conf), "--log", str(self._log)])
+        (self._store / "pid").write_text(str(self._process.pid))
+        with anyio.move_on_after(10):
+            while not (found := [path for path in self._folder.glob("*.ports") if path.stat().st_size]):
+                if self._process.returncode is not None:
+                    raise ServerError(_why(self._log, offset, self._port))
+                await anyio.sleep(0.01)
+            url: str = json.loads(found[0].read_text())["nats"][0]
+            self._port = int(url.rpartition(":")[2])
+            return url
+        raise ServerError(f"nats-server was not ready after 10 s; see {self._log}")
+
+    async def keep(self) -> None:
+        """Start it again whenever it dies, and when it still refuses to write after a full disk has room again."""
+        delay = 0.2
+        full_since = self._log.stat().st_size if self._log.exists() else 0
+        while True:
+            assert self._process is not None
+            with anyio.move_on_after(2):
+                await self._process.wait()
+            text = self._log.read_bytes()[full_since:] if self._log.exists() else b""
+            if self._process.returncode is None:
+                delay = 0.2
+                if not (b"no space left" in text and shutil.disk_usage(self._store).free > ROOM):
+                    continue
+                log.warning("nats-server stopped writing when the disk was full; starting it again")
+                await self.stop()
+            else:
+                log.warning("nats-server ended with %s; starting it again", self._process.returncode)
+            full_since = self._log.stat().st_size if self._log.exists() else 0
+            await anyio.sleep(delay)
+            delay = min(2 * delay, 10)
+            try:
+                await self.start()
+            except ServerError as exc:
+                log.error("%s", exc)
+
+    async def stop(self) -> None:
+        if self._process:
+            await end(self._process)
+        (self._store / "pid").unlink(missing_ok=True)
 
 
 def _why(log: Path, offset: int, port: int) -> str:

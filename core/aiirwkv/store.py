@@ -30,6 +30,10 @@ from nats.js.object_store import ObjectStore
 from .errors import ServerError, ServiceError
 from .types import Object
 
+LOOK = 2.0
+"""Seconds between looks at whether the bus is still there."""
+PATIENCE = 12.0
+"""Seconds that a watcher waits for a bus that is away."""
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -42,17 +46,17 @@ def ulid() -> str:
 class Bucket:
     """A key-value bucket."""
 
-    def __init__(self, kv: KeyValue) -> None:
-        self._kv = kv
+    def __init__(self, nc: Client, kv: KeyValue) -> None:
+        self._nc, self._kv = nc, kv
 
     @classmethod
     async def open(cls, nc: Client, name: str, ttl: float | None = None) -> Bucket:
         js = nc.jetstream()
         with storage("key-value bucket", name):
             try:
-                return cls(await js.key_value(name))
+                return cls(nc, await js.key_value(name))
             except BucketNotFoundError:
-                return cls(await js.create_key_value(api.KeyValueConfig(bucket=name, history=1, ttl=ttl)))
+                return cls(nc, await js.create_key_value(api.KeyValueConfig(bucket=name, history=1, ttl=ttl)))
 
     async def find(self, key: str) -> bytes | None:
         try:
@@ -60,15 +64,23 @@ class Bucket:
         except KeyNotFoundError:
             return None
 
+    async def entry(self, key: str) -> tuple[bytes, int] | None:
+        """A key's value and its revision."""
+        try:
+            entry = await self._kv.get(key)
+        except KeyNotFoundError:
+            return None
+        return entry.value or b"", entry.revision or 0
+
     async def put(self, key: str, value: bytes) -> None:
         with storage("key", key):
             await self._kv.put(key, value)
 
-    async def create(self, key: str, value: bytes) -> bool:
-        """Put a key that is not there yet; False if it is."""
+    async def update(self, key: str, value: bytes, revision: int) -> bool:
+        """Put a key that is still at this revision (0: not there yet); False if somebody else was faster."""
         try:
             with storage("key", key):
-                await self._kv.create(key, value)
+                await self._kv.update(key, value, revision) if revision else await self._kv.create(key, value)
         except KeyWrongLastSequenceError:
             return False
         return True
@@ -79,22 +91,35 @@ class Bucket:
 
     @asynccontextmanager
     async def watch(self, keys: str) -> AsyncIterator[AsyncIterator[tuple[str, bytes] | None]]:
-        """Keys with their values now, then None, then every change."""
-        watcher = await self._kv.watch(keys, ignore_deletes=True)
+        """
+        Keys with their values now, then None, then every change; all of it again when the bus was away for a moment.
+
+        Raises ServerError when it stays away.
+        """
+        watchers = [await self._kv.watch(keys, ignore_deletes=True)]
 
         async def updates() -> AsyncIterator[tuple[str, bytes] | None]:
+            reconnects, gone = self._nc.stats["reconnects"], 0.0
             while True:
                 try:
-                    entry: Any = await watcher.updates(timeout=60)  # type: ignore[no-untyped-call]
-                except nats.errors.TimeoutError:
+                    entry: Any = await watchers[-1].updates(timeout=LOOK)  # type: ignore[no-untyped-call]
+                    yield entry and (entry.key, entry.value)
                     continue
-                yield entry and (entry.key, entry.value)
+                except nats.errors.TimeoutError:
+                    pass
+                gone = 0.0 if self._nc.is_connected else gone + LOOK
+                if gone > PATIENCE:
+                    raise ServerError("the bus went away and did not come back; start it again: aiirwkv up")
+                if self._nc.is_connected and self._nc.stats["reconnects"] != reconnects:
+                    reconnects = self._nc.stats["reconnects"]
+                    watchers.append(await self._kv.watch(keys, ignore_deletes=True))
 
         try:
             yield updates()
         finally:
-            with anyio.move_on_after(5, shield=True):
-                await watcher.stop()  # type: ignore[no-untyped-call]
+            with anyio.move_on_after(5, shield=True), suppress(nats.errors.Error, APIError):
+                for watcher in watchers:
+                    await watcher.stop()  # type: ignore[no-untyped-call]
 
     async def values(self, keys: str) -> list[bytes]:
         """The values of all keys that match, oldest change first."""

@@ -238,7 +238,10 @@ async def session(config: Config, data: Path, *, claim: str = "", say: Say = log
             bus_config = found.bus
         else:
             say("nothing is running on this data directory; starting AIIRWKV for this call")
-            bus_config = (await stack.enter_async_context(system(config, data, web=False, say=say))).bus
+            started = await stack.enter_async_context(system(config, data, web=False, say=say))
+            for cause in started.broken.values():
+                say(f"! {cause}")
+            bus_config = started.bus
         yield await stack.enter_async_context(Bus.connect(bus_config, "cli", claim=claim))
 
 

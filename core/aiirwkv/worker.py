@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,14 +14,15 @@ from typing import Any
 
 import anyio
 import msgspec
+import nats.errors
 from anyio.abc import TaskGroup, TaskStatus
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from . import discovery
-from .bus import ALIVE, ERROR, ERROR_CODE, JOB, NO_RESPONDERS, SEQUENCE, TIMEOUT, USER, Bus, subject
+from .bus import ALIVE, ERROR, ERROR_CODE, HEARTBEAT, JOB, NO_RESPONDERS, SEQUENCE, TIMEOUT, USER, Bus, subject
 from .config import Config
-from .errors import AiirwkvError, BadRequest, Busy, DeadlineExceeded, PluginError, TooLarge, Unauthorized
+from .errors import AiirwkvError, BadRequest, Busy, DeadlineExceeded, NoWorker, PluginError, TooLarge, Unauthorized
 from .hooks import Action, Owned, Plugin, may
 from .identity import OWNER, Verifier
 from .jobs import CoreJobs, find
@@ -31,7 +32,7 @@ from .types import REQUESTS, Job, Request, StreamRequest, User, fold
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT = 2.0
+SILENCE = 2.0
 """Seconds of silence after which a stream says that it is alive."""
 DEADLINE = 600.0
 """Seconds a request has whose caller named no deadline."""
@@ -174,6 +175,10 @@ class Worker:
             if not isinstance(exc, AiirwkvError):
                 log.exception("%s of %s failed", endpoint.hook, endpoint.plugin, extra={"plugin": endpoint.plugin})
             await self._refuse(msg, exc)
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self._refuse(msg, NoWorker(f"the worker left before {endpoint.hook} was done; ask again"))
+            raise
         finally:
             endpoint.active -= 1
             endpoint.nanoseconds += time.perf_counter_ns() - began
@@ -181,18 +186,21 @@ class Worker:
     async def _refuse(self, msg: Msg, exc: Exception) -> None:
         if msg.reply:
             text = str(exc) if isinstance(exc, AiirwkvError) else f"{type(exc).__name__}: {exc}; see the worker's log"
-            text = " ".join(text.split())[:500].encode("ascii", "backslashreplace").decode()
+            text = " ".join(text.encode("utf-8", "replace").decode().split())[:500]
             code = str(getattr(exc, "code", 500))
-            await self.bus.nc.publish(msg.reply, headers={ERROR: text, ERROR_CODE: code})
+            with suppress(nats.errors.Error):  # nobody can be told while the bus is away
+                await self.bus.nc.publish(msg.reply, headers={ERROR: text, ERROR_CODE: code})
 
     async def _answer(self, endpoint: Endpoint, msg: Msg) -> None:
         headers = msg.headers or {}
         request = decode(endpoint.hook, msg.data)
         try:
             timeout = float(headers.get(TIMEOUT, DEADLINE))
+            if timeout != timeout:
+                raise ValueError("nan")
         except ValueError:
             raise BadRequest(f"the header {TIMEOUT} is {headers[TIMEOUT]!r}; it takes seconds, like 30") from None
-        if timeout <= 0:
+        if not timeout > 0:
             raise DeadlineExceeded(f"{endpoint.hook}: the deadline had already passed when the request arrived")
         claim, job = headers.get(USER, ""), headers.get(JOB, "")
         ctx = self._context(claim, await self.caller(claim, job), time.monotonic() + timeout, job)
@@ -268,18 +276,18 @@ class Worker:
         token = self.bus.nc._nuid.next().decode()
         sent, last = 0, time.monotonic()
 
-        async def send(data: bytes) -> None:
+        async def send(data: bytes, **more: str) -> None:
             nonlocal sent, last
-            headers = {SEQUENCE: str(sent)}
+            headers = {SEQUENCE: str(sent)} | more
             sent, last = sent + 1, time.monotonic()
             # The reply subject makes the server tell us when nobody listens any more.
             await self.bus.nc.publish(msg.reply, data, reply=f"{self._probe}.{token}", headers=headers)
 
         async def beat() -> None:
             while True:
-                await anyio.sleep(HEARTBEAT / 4)
-                if time.monotonic() - last >= HEARTBEAT:
-                    await send(b"{}")
+                await anyio.sleep(SILENCE / 4)
+                if time.monotonic() - last >= SILENCE:
+                    await send(b"{}", **{HEARTBEAT: "1"})
 
         with anyio.CancelScope() as scope:
             self._streams[token] = scope
@@ -357,9 +365,10 @@ async def _enter(stack: AsyncExitStack, registry: Registry, name: str) -> None:
     plugin = registry.plugins[name]
     try:
         await stack.enter_async_context(plugin)
+        msgspec.json.encode((plugin.about(), plugin.stats()))
     except PluginError as exc:
         raise PluginError(f"plugin {name!r} ({origin_of(plugin)}) cannot be started: {exc}") from exc
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         if not isinstance(exc, AiirwkvError):
             log.exception("plugin %s cannot be started", name, extra={"plugin": name})
         cause = str(exc) if isinstance(exc, AiirwkvError) else f"{type(exc).__name__}: {exc}"

@@ -5,8 +5,26 @@ from typing import ClassVar
 
 import anyio
 import pytest
-from aiirwkv import BadRequest, Bus, Busy, DeadlineExceeded, Embed, Generate, NoWorker, Rerank, TooLarge, Tune
+from aiirwkv import (
+    BadRequest,
+    Bus,
+    Busy,
+    Collections,
+    CollectionsReply,
+    DeadlineExceeded,
+    Embed,
+    Generate,
+    NotFound,
+    NoWorker,
+    Rerank,
+    TooLarge,
+    Tune,
+    hookimpl,
+)
+from aiirwkv.config import Config
+from aiirwkv.plugins import Registry
 from aiirwkv.testing import Fake, running
+from aiirwkv.worker import serving
 
 
 async def test_call(bus: Bus) -> None:
@@ -107,3 +125,37 @@ async def test_a_full_worker_says_so_at_once_and_patience_waits(tmp_path: Path) 
                 tasks.start_soon(ask, bus)
             tasks.start_soon(ask, patient)
         assert len(busy) in (2, 3) and "aiirwkv worker narrow" in str(busy[0])
+
+
+class Silent(Fake):
+    """Has no collections, and complains in Chinese."""
+
+    @hookimpl
+    async def collections(self, request: Collections) -> CollectionsReply:
+        if request.name:
+            raise NotFound(f"there is no collection {request.name!r}")
+        return CollectionsReply()
+
+
+async def test_an_empty_reply_is_a_reply_and_errors_speak_any_language(tmp_path: Path) -> None:
+    async with running({"silent": Silent()}, tmp_path) as bus:
+        for timeout in (5, 600):  # plain, and as a stream of one
+            assert (await bus.call(Collections("list"), timeout=timeout)).collections == []
+            with pytest.raises(NotFound, match="there is no collection '中文库 – ü'"):
+                await bus.call(Collections("list", "中文库 – ü"), timeout=timeout)
+
+
+class Shy(Fake):
+    def about(self) -> dict[str, object]:
+        raise ValueError("no comment")
+
+
+async def test_a_plugin_that_cannot_say_what_it_is_counts_as_broken(tmp_path: Path) -> None:
+    broken: dict[str, str] = {}
+    async with running({"fake": Fake()}, tmp_path) as bus:
+        registry = Registry()
+        registry.add("shy", Shy().attach(tmp_path, bus))
+        registry.add("fine", Fake().attach(tmp_path, bus))
+        async with serving(bus, registry, Config(), "both", broken):
+            assert "no comment" in broken["shy"]
+            assert {service.plugin for service in await bus.services("embed")} == {"fake", "fine"}

@@ -26,6 +26,18 @@ class Careless(Worker):
             self.tasks.cancel_scope.cancel()
 
 
+class Swapped(Worker):
+    """Does the right things in the wrong order: the connection goes first."""
+
+    async def run(self, *, task_status=anyio.TASK_STATUS_IGNORED):  # type: ignore[no-untyped-def]
+        async with anyio.create_task_group() as self.tasks:
+            await self._subscribe()
+            await self.bus.nc.flush()
+            task_status.started()
+            await self._stopping.wait()
+            await self.bus.nc.drain()
+
+
 async def relay(url: object, kind: type[Worker], drains: int) -> tuple[int, int]:
     """(answered, lost) while one of two workers is replaced `drains` times under load."""
     answered = lost = 0
@@ -93,7 +105,8 @@ async def test_300_drains_under_load_lose_nothing(tmp_path: Path) -> None:
     assert lost == 0 and answered > 3000
 
 
-async def test_the_same_load_notices_a_wrong_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Careless, Swapped])
+async def test_the_same_load_notices_a_wrong_order(tmp_path: Path, kind: type[Worker]) -> None:
     async with embedded(tmp_path) as server:
-        _, lost = await relay(server, Careless, 20)
+        _, lost = await relay(server, kind, 20)
     assert lost > 0

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import anyio
 import msgspec
@@ -13,6 +15,7 @@ from aiirwkv import (
     Bus,
     Conflict,
     Context,
+    Embed,
     Index,
     Indexed,
     Job,
@@ -21,10 +24,13 @@ from aiirwkv import (
     Plugin,
     Source,
     TooLarge,
+    User,
     hookimpl,
 )
 from aiirwkv.config import Config, Use
+from aiirwkv.identity import mint, publish_key
 from aiirwkv.testing import Fake, running
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
 class Slow(Plugin):
@@ -171,3 +177,34 @@ async def test_large_objects_travel_in_parts(tmp_path: Path) -> None:
         assert await bus.read((await bus.put(b"abc", "a.txt")).id) == b"abc"
         with pytest.raises(TooLarge, match="object store"):
             await bus.submit(Index("c", [Source(text="x" * 600_000)]))
+
+
+class Wide(Slow):
+    """Runs two jobs at once."""
+
+    concurrent_jobs: ClassVar[int] = 2
+
+
+async def test_a_queued_job_that_is_paused_and_resumed_runs_once(tmp_path: Path) -> None:
+    wide = Wide(steps=20)
+    async with running({"wide": wide}, tmp_path) as bus:
+        ahead = [await bus.submit(Index("c", [])) for _ in range(2)]
+        for job in ahead:
+            await until(bus, job.id, "running")
+        job = await bus.submit(Index("c", []))
+        for _ in range(3):  # each leaves a message in the queue
+            await bus.call(Jobs("pause", job.id))
+            await bus.call(Jobs("resume", job.id))
+        done = await until(bus, job.id, "done")
+        await anyio.sleep(0.5)
+        assert wide.runs == 3 and done.attempt == 1
+
+
+async def test_a_large_result_belongs_to_the_jobs_user(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    async with running({"fake": Fake(dim=20_000)}, tmp_path) as bus:
+        await publish_key(bus, key.public_key().public_bytes_raw())
+        ada = bus.bound(claim=mint(key, User("ada"), time.time() + 60))
+        job = await ada.submit(Embed(["a" * 10] * 30))
+        done = await until(bus, job.id, "done")
+        assert len(json.loads(await ada.read(done.result["object"]))["vectors"]) == 30

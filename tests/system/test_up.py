@@ -1,17 +1,19 @@
 """`aiirwkv up`: starts, watches over its children, and ends without leaving anything behind."""
 
+import contextlib
 import os
 import re
 import resource
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Up, aiirwkv, descendants, launch
+from tests.conftest import Up, aiirwkv, command, descendants, launch
 
 
 @pytest.fixture
@@ -61,6 +63,61 @@ def test_a_killed_child_comes_back(own: Up) -> None:
     until(lambda: child(own.data, "embed") not in (0, old))
     until(lambda: own.cli("call", "embed", '{"texts":["hello"]}').returncode == 0)
     assert "embed ended (signal 9" in own.log.read_text()
+
+
+def test_a_killed_nats_server_comes_back_and_nothing_is_lost(own: Up, tmp_path: Path) -> None:
+    (tmp_path / "fact.txt").write_text("The otter pool is cleaned every Tuesday.\n")
+    assert own.cli("index", str(tmp_path / "fact.txt"), "-c", "zoo").returncode == 0
+    os.kill(int((own.data / "nats" / "pid").read_text()), signal.SIGKILL)
+    until(lambda: own.cli("search", "otter", "-c", "zoo").returncode == 0)
+    assert own.cli("index", str(tmp_path / "fact.txt"), "-c", "again").returncode == 0
+    own.process.send_signal(signal.SIGINT)
+    assert own.process.wait(60) == 0 and descendants(own.data) == []
+
+
+def test_a_command_ends_when_the_system_goes_away(own: Up, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("\n\n".join(f"Number {i} is a number. " * 20 for i in range(4000)))
+    command_line = command(own.data, "index", str(tmp_path / "long.txt"), "-c", "long")
+    waiting = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True)
+    until(lambda: "running" in own.log.read_text())
+    os.kill(own.process.pid, signal.SIGKILL)
+    _, said = waiting.communicate(timeout=60)
+    assert waiting.returncode == 1 and "the bus went away" in said and "Traceback" not in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def test_after_a_full_disk_has_room_again_it_goes_on(small_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "fact.txt").write_text("The spare key hangs behind the blue door.\n")
+    (tmp_path / "next.txt").write_text("The cellar door is always locked.\n")
+    system = launch(small_disk / "data", tmp_path / "up.log", "--no-web")
+    try:
+        assert system.cli("index", str(tmp_path / "fact.txt"), "-c", "house").returncode == 0
+        filler = small_disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        full = system.cli("index", str(tmp_path / "next.txt"), "-c", "house")
+        assert full.returncode == 1 and re.search("full|no space|make room", full.stderr, re.I), full.stderr
+        assert "Traceback" not in full.stderr
+        assert "blue door" in system.cli("search", "Where is the key?", "-c", "house").stdout
+        filler.unlink()
+        until(lambda: system.cli("index", str(tmp_path / "next.txt"), "-c", "house").returncode == 0, 60)
+        assert "blue door" in system.cli("search", "Where is the key?", "-c", "house").stdout
+    finally:
+        system.process.send_signal(signal.SIGINT)
+        system.process.wait(60)
 
 
 def test_a_killed_supervisor_leaves_nothing_behind_and_nothing_is_lost(own: Up, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Job(Reply):
     A request delivered durably. `done` of `total` (0: unknown) with a `note`; `result` is the hook's reply.
 
     `attempt` counts deliveries, `stalled` those in a row that brought nothing beyond `reached`; `request`, `claim` and
-    `sequence` (the message that counts) serve resume and retry.
+    `generation` (how often it was put into the queue again; older messages are void) serve resume and retry.
     """
 
     id: str
@@ -58,7 +58,7 @@ class Job(Reply):
     attempt: int = 0
     stalled: int = 0
     reached: float = 0.0
-    sequence: int = 0
+    generation: int = 0
     created: float = 0.0
     updated: float = 0.0
     result: Any = None
