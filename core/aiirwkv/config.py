@@ -61,8 +61,6 @@ class BusConfig(msgspec.Struct, forbid_unknown_fields=True):
     """The port of our own server; -1 takes a free one."""
     ack_wait: float = 30.0
     """Seconds without a sign of life after which a job is given to another worker."""
-    anonymous: bool = True
-    """Whether a request without a signed claim counts as the owner's."""
 
 
 class Web(msgspec.Struct, forbid_unknown_fields=True):

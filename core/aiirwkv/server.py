@@ -97,18 +97,24 @@ class Server:
 
     async def keep(self) -> None:
         """Start it again whenever it dies, and when it still refuses to write after a full disk has room again."""
-        delay = 0.2
+        delay, told = 0.2, False
         full_since = self._log.stat().st_size if self._log.exists() else 0
         while True:
             assert self._process is not None
             with anyio.move_on_after(2):
                 await self._process.wait()
             text = self._log.read_bytes()[full_since:] if self._log.exists() else b""
+            full = b"no space left" in text
+            if full and not told:
+                log.warning(
+                    "the disk of %s is full: make room; nothing stored is lost, and jobs go on then", self._store
+                )
+            told = full
             if self._process.returncode is None:
                 delay = 0.2
-                if not (b"no space left" in text and shutil.disk_usage(self._store).free > ROOM):
+                if not full or shutil.disk_usage(self._store).free < ROOM:
                     continue
-                log.warning("nats-server stopped writing when the disk was full; starting it again")
+                log.warning("the disk has room again; starting nats-server again, which had stopped writing")
                 await self.stop()
             else:
                 log.warning("nats-server ended with %s; starting it again", self._process.returncode)

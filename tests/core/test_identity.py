@@ -20,7 +20,6 @@ from aiirwkv import (
     User,
     hookimpl,
 )
-from aiirwkv.config import Config, Use
 from aiirwkv.hooks import may
 from aiirwkv.identity import mint, publish_key
 from aiirwkv.testing import running
@@ -112,14 +111,6 @@ async def test_an_upload_belongs_to_who_put_it(bus: Bus) -> None:
     assert await ada.read(put.id) == await bus.read(put.id) == b"secret"
     with pytest.raises(NotFound, match="there is no object"):
         await bob.read(put.id)
-
-
-async def test_a_bus_may_demand_claims(tmp_path: Path) -> None:
-    config = Config(use=Use(embed="who"))
-    config.bus.anonymous = False
-    async with running({"who": WhoAmI()}, tmp_path, config) as bus:
-        with pytest.raises(Unauthorized, match="signed claims only"):
-            await bus.call(Embed(["x"]))
 
 
 class Thing(msgspec.Struct):
