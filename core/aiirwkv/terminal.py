@@ -7,6 +7,11 @@ from typing import Self
 
 from .types import Job
 
+WIDTH = 48
+"""Characters of a job's title."""
+LIVE = 36
+"""Characters of it beside a progress bar."""
+
 
 def clock(seconds: float) -> str:
     """Seconds, or minutes once they are many."""
@@ -18,12 +23,26 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def title(job: Job) -> str:
+def plain(text: str) -> str:
+    """Text on one line without what a terminal would obey; names come from files that others made."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
+def short(text: str, width: int) -> str:
+    """At most `width` characters; what is left out in the middle is an ellipsis, so that a file's suffix stays."""
+    return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - 1) // 2 :]}"
+
+
+def title(job: Job, width: int = WIDTH) -> str:
     """What a job is about, in a few words."""
+    return short(_subject(job), width)
+
+
+def _subject(job: Job) -> str:
     request = job.request if isinstance(job.request, dict) else {}
     sources = request.get("sources") or []
     name = next((source.get("name") or "pasted text" for source in sources), "") or request.get("name", "")
-    return f"{job.hook} {name}".strip()
+    return plain(f"{job.hook} {name}".strip())
 
 
 class JobLines:
@@ -39,9 +58,9 @@ class JobLines:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._live = Progress(
-                TextColumn("  {task.description:<36.36}"),
+                TextColumn(f"  {{task.description:<{LIVE}}}", markup=False),
                 BarColumn(24),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
                 console=Console(stderr=True),
                 transient=True,
@@ -72,7 +91,7 @@ class JobLines:
             self._once(job, f"  {title(job)}: {outcome(job)}")
         elif self._live and job.state == "running":
             if job.id not in self._tasks:
-                self._tasks[job.id] = self._live.add_task(title(job), note="", total=None)
+                self._tasks[job.id] = self._live.add_task(title(job, LIVE), note="", total=None)
             self._live.update(
                 self._tasks[job.id],  # type: ignore[arg-type]
                 completed=job.done,
@@ -81,7 +100,7 @@ class JobLines:
             )
         elif not self._live:
             share = f"{int(10 * job.done / job.total) * 10} %" if job.total else ""
-            note = job.note if job.state == "queued" else ""
+            note = plain(job.note) if job.state == "queued" else ""
             self._once(job, f"  {title(job)}: {job.state} {share} {note}".rstrip())
 
     def _once(self, job: Job, line: str) -> None:
@@ -93,13 +112,14 @@ class JobLines:
 def how_far(job: Job) -> str:
     """Done of total, and the note if it says more than the title."""
     share = f"{job.done:g} of {job.total:g}" if job.total else ""
-    return " · ".join(part for part in (share, job.note if job.note not in title(job) else "") if part)
+    note = plain(job.note)
+    return " · ".join(part for part in (share, note if note not in _subject(job) else "") if part)
 
 
 def outcome(job: Job) -> str:
     """What came of a job."""
     if job.error:
-        return f"{job.state}: {job.error}"
+        return plain(f"{job.state}: {job.error}")
     documents = job.result.get("documents", []) if isinstance(job.result, dict) else []
     if not documents:
         return job.state
@@ -107,13 +127,14 @@ def outcome(job: Job) -> str:
     for document in documents:
         chunks = f", {count(document['chunks'], 'chunk')}" if document.get("chunks") else ""
         reason = f" ({document['reason']})" if document.get("reason") else ""
-        parts.append(f"{document['name']}: {document['state']}{chunks}{reason}")
-    return "; ".join(parts) if len(parts) > 1 else parts[0].partition(": ")[2]
+        name = f"{short(document['name'], WIDTH)}: " if len(documents) > 1 else ""
+        parts.append(f"{name}{document['state']}{chunks}{reason}")
+    return plain("; ".join(parts))
 
 
 def table(rows: list[list[str]], head: list[str]) -> str:
-    """Columns aligned by their widest cell; the last one is left as it is."""
-    lines = [[name.upper() for name in head], *rows]
+    """Columns aligned by their widest cell; the last one may be of any width."""
+    lines = [[name.upper() for name in head], *([plain(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
         "  ".join(cell if i == len(head) - 1 else cell.ljust(widths[i]) for i, cell in enumerate(line)).rstrip()
@@ -121,4 +142,4 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     )
 
 
-__all__ = ["JobLines", "clock", "count", "outcome", "table", "title"]
+__all__ = ["JobLines", "clock", "count", "outcome", "plain", "short", "table", "title"]
