@@ -1,6 +1,8 @@
 """The commands as a person and a script use them, against a running system and without one."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -124,3 +126,42 @@ def test_a_second_user_sees_nothing_of_the_first_by_any_command(up: Up, facts: P
     done = up.cli("collections", "--claim", forged)
     assert done.returncode == 1 and "sign in again" in done.stderr
     assert msgspec.convert(up.json("users", "me", "--claim", ada), UsersReply).users[0].name == "ada"
+
+
+def test_a_job_that_failed_is_told_with_its_document(up: Up, facts: Path) -> None:
+    done = up.cli("index", str(facts / "notes.md"), "-c", "x" * 300, "--json")
+    assert done.returncode == 1
+    [document] = msgspec.json.decode(done.stdout.splitlines()[-1], type=Indexed).documents
+    assert (document.name, document.state) == ("notes.md", "failed") and "300 characters" in document.reason
+
+
+def test_jobs_plugins_and_models_ask_with_a_claim(up: Up, facts: Path) -> None:
+    for name in ("cleo", "dan"):
+        assert up.cli("users", "add", name).returncode == 0
+    cleo, dan = (up.cli("users", "claim", name).stdout.strip() for name in ("cleo", "dan"))
+    assert up.cli("index", str(facts / "notes.md"), "-c", "garden", "--claim", cleo).returncode == 0
+    [job] = up.json("jobs", "--claim", cleo)["jobs"]
+    assert up.json("jobs", "--claim", dan)["jobs"] == []
+    for arguments in (["jobs", "retry", job["id"], "--claim", dan], ["jobs", "--claim", dan, "retry", job["id"]]):
+        done = up.cli(*arguments)
+        assert done.returncode == 1 and "there is no job" in done.stderr, arguments
+    done = up.cli("collections", "--claim", dan, "delete", "garden", "--yes")  # the group's claim holds below it
+    assert done.returncode == 1 and "there is no collection" in done.stderr
+    done = up.cli("jobs", "retry", job["id"], "--claim", cleo)
+    assert done.returncode == 1 and "cannot be retried" in done.stderr
+    for command in ("models", "jobs"):
+        assert up.cli(command, "--claim", dan).returncode == 0
+        forged = up.cli(command, "--claim", dan[:-6] + "AAAAAA")
+        assert forged.returncode == 1 and "sign in again" in forged.stderr
+    assert up.cli("plugins", "--claim", dan).returncode == 0
+
+
+def test_indexing_without_a_service_it_needs_ends_at_once(tmp_path: Path, facts: Path) -> None:
+    config = tmp_path / "own.toml"
+    config.write_text('[workers]\nrag = ["convert_files", "accounts"]\n')
+    env = os.environ | {"AIIRWKV_CONFIG": str(config)}
+    began = time.monotonic()
+    done = aiirwkv(tmp_path / "data", "index", str(facts / "notes.md"), "-c", "c", env=env)
+    assert done.returncode == 1 and time.monotonic() - began < 30
+    assert "nobody serves index and embed now" in done.stderr
+    assert "aiirwkv worker index_chroma embed_minilm, or add it to [workers]" in done.stderr

@@ -29,6 +29,8 @@ class State:
 
     def __init__(self, config: Path | None, data: Path | None) -> None:
         self._config, self._data = config, data
+        self.claim = ""
+        """What was given as --claim to a group of commands, which holds for the command below it too."""
 
     @property
     def config(self) -> Config:
@@ -100,8 +102,13 @@ async def connected(state: State, claim: str | None = None) -> AsyncIterator[Bus
     """The bus, on behalf of the bearer of `claim`; starts the system for the call if none runs."""
     from ..supervisor import session
 
-    async with session(state.config, state.data, claim=claim or os.environ.get("AIIRWKV_CLAIM", ""), say=say) as bus:
+    async with session(state.config, state.data, claim=claim_of(state, claim), say=say) as bus:
         yield bus
+
+
+def claim_of(state: State, claim: str | None) -> str:
+    """The claim to ask with: the command's, its group's, or the environment's."""
+    return claim or state.claim or os.environ.get("AIIRWKV_CLAIM", "")
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the bus's reply as JSON, as the last line.")

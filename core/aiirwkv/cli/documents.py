@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from ..errors import ConfigError
-from ..types import Answer, Chat, Collections, CollectionsReply, Index, Indexed, Search, Source
+from ..errors import ConfigError, NoWorker
+from ..types import Answer, Chat, Collections, CollectionsReply, Document, Index, Indexed, Search, Source
 from .common import State, as_json, claim, cli, connected, runs, say, show
 
 if TYPE_CHECKING:
     from ..bus import Bus
+    from ..config import Config
+
+PATIENCE = 3.0
+"""Seconds to look for the services that indexing needs; a busy worker may answer late."""
 
 
 @cli.command()
@@ -34,17 +38,19 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
 
     began = time.monotonic()
     async with connected(state, claim) as bus:
+        await _need_services(bus, state.config)
         files = await _files(bus, paths)
         group = ulid()
         total = Indexed(collection)
-        failed: list[str] = []
+        failed = False
         uploads: list[str] = []
+        names: dict[str, str] = {}
         with JobLines() as lines:
             for path, name in files:
                 uploaded = await bus.put(path, name)
                 uploads.append(uploaded.id)
                 source = Source(uploaded.id, name=name, media_type=uploaded.media_type)
-                await bus.submit(Index(collection, [source]), group=group)
+                names[(await bus.submit(Index(collection, [source]), group=group)).id] = name
             async with bus.follow(group=group) as changes:
                 async for job in changes:
                     lines.show(job)
@@ -53,7 +59,9 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
                         total.documents += part.documents
                         total.chunks += part.chunks
                     elif job.over:
-                        failed.append(job.error or job.state)
+                        failed = True
+                        name = names.get(job.id, "")
+                        total.documents.append(Document("", name, "failed", reason=job.error or job.state))
         if not failed:  # otherwise they are kept for a day, for `aiirwkv jobs retry`
             for upload in uploads:
                 await bus.discard(upload)
@@ -65,8 +73,25 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
         say(f"{ready} of {count(len(files), 'document')} ready in {collection}, {chunks}, {total.seconds:.1f} s")
     else:
         show(total)
-    if bad or failed:
+    if bad:
         raise SystemExit(1)
+
+
+async def _need_services(bus: Bus, config: Config) -> None:
+    """NoWorker if a service that indexing needs is missing for a while: a job would wait for it."""
+    import anyio
+
+    missing = ["index", "convert", "embed"]
+    with anyio.move_on_after(PATIENCE):
+        while missing := [hook for hook in missing if not await bus.services(hook)]:
+            await anyio.sleep(0.2)
+    if not missing:
+        return
+    plugins = [(config.use.plugins(hook) or [f"PLUGIN_FOR_{hook.upper()}"])[0] for hook in missing]
+    raise NoWorker(
+        f"nobody serves {' and '.join(missing)} now, which indexing needs; start it: aiirwkv worker "
+        f"{' '.join(plugins)}, or add it to [workers]; if it is there already, aiirwkv plugins says what is wrong"
+    )
 
 
 async def _files(bus: Bus, paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
@@ -174,6 +199,7 @@ async def ask(
 @click.pass_context
 def collections(context: click.Context, claim: str | None, as_json: bool) -> None:
     """Manage collections; without a command: list them."""
+    context.obj.claim = claim or ""
     if context.invoked_subcommand is None:
         context.invoke(list_collections, claim=claim, as_json=as_json)
 

@@ -10,26 +10,33 @@ import click
 
 from ..errors import AiirwkvError
 from ..types import REQUESTS, Jobs, Models, StreamRequest, Users
-from .common import State, as_json, claim, cli, connected, fail, runs, say, show
+from .common import State, as_json, claim, claim_of, cli, connected, fail, runs, say, show
 
 
 @cli.group(invoke_without_command=True)
 @click.option("--watch", is_flag=True, help="Show them as they change.")
 @click.option("--group", default="", help="Only this group.")
+@claim
 @as_json
 @click.pass_context
 @runs
-async def jobs(context: click.Context, watch: bool, group: str, as_json: bool) -> None:
+async def jobs(context: click.Context, watch: bool, group: str, claim: str | None, as_json: bool) -> None:
     """See and steer jobs; without a command: list them."""
+    from ..identity import bearer
     from ..terminal import JobLines, outcome, table, title
 
+    context.obj.claim = claim or ""
     if context.invoked_subcommand is not None:
         return
     async with connected(context.obj) as bus:
         if watch:
+            await bus.call(Jobs("list", limit=1))  # refuses a claim that is forged or has expired
+            user = bearer(bus.claim)
             with JobLines() as lines:
                 async with bus.follow(group=group) as changes:
                     async for job in changes:
+                        if "owner" not in user.roles and job.user != user.name:
+                            continue
                         show(job) if as_json else lines.show(job)
             return
         reply = await bus.call(Jobs("list", group=group))
@@ -43,11 +50,12 @@ async def jobs(context: click.Context, watch: bool, group: str, as_json: bool) -
 def _steering(action: Any) -> None:
     @jobs.command(action, help=f"{action.capitalize()} a job.")
     @click.argument("id")
+    @claim
     @as_json
     @click.pass_obj
     @runs
-    async def steer(state: State, id: str, as_json: bool) -> None:
-        async with connected(state) as bus:
+    async def steer(state: State, id: str, claim: str | None, as_json: bool) -> None:
+        async with connected(state, claim) as bus:
             reply = await bus.call(Jobs(action, id))
         show(reply) if as_json else say(f"{action}: job {id}")
 
@@ -57,10 +65,11 @@ for _action in ("cancel", "pause", "resume", "retry"):
 
 
 @cli.command()
+@claim
 @as_json
 @click.pass_obj
 @runs
-async def plugins(state: State, as_json: bool) -> None:
+async def plugins(state: State, claim: str | None, as_json: bool) -> None:
     """List the installed plugins with their hooks, settings, version and state."""
     from ..bus import Bus
     from ..plugins import hooks, installed, load_class, origin, settings
@@ -70,7 +79,8 @@ async def plugins(state: State, as_json: bool) -> None:
     broken: dict[str, str] = {}
     config, found = state.config, running(state.data)
     if config.bus.url or found:
-        async with Bus.connect(config.bus if config.bus.url else found.bus, "cli") as bus:  # type: ignore[union-attr]
+        where = config.bus if config.bus.url else found.bus  # type: ignore[union-attr]
+        async with Bus.connect(where, "cli", claim=claim_of(state, claim)) as bus:
             for identity in await bus.workers():
                 broken |= json.loads(identity["metadata"]["broken"])
                 for name in identity["metadata"]["plugins"].split(","):
@@ -123,14 +133,15 @@ def new(name: str, folder: Path) -> None:
 
 
 @cli.command()
+@claim
 @as_json
 @click.pass_obj
 @runs
-async def models(state: State, as_json: bool) -> None:
+async def models(state: State, claim: str | None, as_json: bool) -> None:
     """List base models, states and adapters."""
     from ..terminal import table
 
-    async with connected(state) as bus:
+    async with connected(state, claim) as bus:
         reply = await bus.call(Models("list"))
     if as_json:
         show(reply)
