@@ -140,6 +140,21 @@ async def test_what_the_name_of_a_file_says_is_not_obeyed(page: Page) -> None:
     assert await page.title() == "AIIRWKV"
 
 
+async def test_a_new_collection_can_be_made_below_many(page: Page) -> None:
+    button = page.get_by_role("button", name="New collection")
+    for number in range(12):
+        await button.click()
+        await page.get_by_label("Name of the new collection").fill(f"Shelf {number}")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("heading", name=f"Shelf {number}", exact=True)).to_be_visible()
+    shelf = page.get_by_label("Collections", exact=True)
+    assert await shelf.evaluate("shelf => { shelf.scrollTop = 0; return shelf.scrollHeight > shelf.clientHeight }")
+    await expect(button).to_be_in_viewport(ratio=1)
+    await button.click()
+    assert await shelf.evaluate("shelf => { shelf.scrollTop = 0; return true }")
+    await expect(page.get_by_label("Name of the new collection")).to_be_in_viewport(ratio=1)
+
+
 def test_the_page_answers_on_loopback_only_and_says_it_is_well(address: str) -> None:
     with urllib.request.urlopen(f"{address}/healthz") as reply:
         assert json.load(reply) == {"status": "ok"}

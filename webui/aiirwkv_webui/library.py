@@ -121,10 +121,12 @@ class Library:
                 error(self._trouble)
             for collection in self.collections:
                 self._entry(collection)
-            if self._naming:
-                self._name_field()
-            elif self.loaded:
-                button("New collection", lambda: self._name_new(True), symbol="plus", kind="plain")
+            if self._naming or self.loaded:
+                with tag("div", classes="foot"):  # stays in view below many collections
+                    if self._naming:
+                        self._name_field()
+                    else:
+                        button("New collection", lambda: self._name_new(True), symbol="plus", kind="plain")
 
     def _entry(self, collection: Collection) -> None:
         chosen = collection.name == self.name
