@@ -42,7 +42,7 @@ def find(collections: Sequence[Collection], name: str, ctx: Context, action: Act
 def unknown(name: str, visible: Sequence[str]) -> NotFound:
     if near := get_close_matches(name, visible, n=1):
         return NotFound(f"there is no collection {name!r}; did you mean {near[0]!r}?")
-    return NotFound(f"there is no collection {name!r}; make it: aiirwkv index FILE --collection {name!r}")
+    return NotFound(f"there is no collection {name!r}; see what there is with: aiirwkv collections")
 
 
 def is_id(name: str) -> bool:

@@ -145,7 +145,7 @@ async def test_not_served_yet(bus: Bus) -> None:
 
 async def test_unknown_names(bus: Bus) -> None:
     for request in requests("nothing", "x"):
-        with pytest.raises(NotFound, match="there is no collection 'nothing'; make it: aiirwkv index"):
+        with pytest.raises(NotFound, match="there is no collection 'nothing'; see what there is with: aiirwkv coll"):
             await bus.call(request)
 
 
@@ -183,7 +183,7 @@ async def test_two_users_do_not_see_each_other(bus: Bus) -> None:
     for mode in ("dense", "keyword", "hybrid"):
         reply = await bob.call(Search("anna's secret zebra", mode=mode, top=50))
         assert "zebra" not in repr(reply.hits) and reply.receipt.collections == ["mine"]
-    with pytest.raises(NotFound, match="make it") as hint:
+    with pytest.raises(NotFound, match="see what there is") as hint:
         await bob.call(Search("x", ["diaru"]))
     assert "did you mean" not in str(hint.value)
     # The same name is another collection.
