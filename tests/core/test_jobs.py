@@ -67,7 +67,7 @@ async def test_a_job_reports_progress_and_its_result(tmp_path: Path) -> None:
         job = await bus.submit(Index("c", [Source(text="x")]))
         async with bus.follow(job.id) as states:
             seen = [state async for state in states]
-        assert [state.state for state in seen][-1] == "done" and seen[0].state == "queued"
+        assert [state.state for state in seen][-1] == "done" and seen[0].state in ("queued", "running")
         assert any(state.state == "running" and 0 < state.done < 40 and state.total == 40 for state in seen)
         assert msgspec.convert(seen[-1].result, Indexed).chunks == 40 and seen[-1].user == "owner"
         [listed] = (await bus.call(Jobs("list"))).jobs

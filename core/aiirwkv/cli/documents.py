@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..bus import Bus
     from ..config import Config
 
+ROOM = 2 << 20
+"""Bytes that must be free on the disk beside room for the files."""
 PATIENCE = 3.0
 """Seconds to look for the services that indexing needs; a busy worker may answer late."""
 
@@ -40,6 +43,7 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
     async with connected(state, claim) as bus:
         await _need_services(bus, state.config)
         files = await _files(bus, paths)
+        _need_room(state, [path for path, _ in files])
         group = ulid()
         total = Indexed(collection)
         failed = False
@@ -54,13 +58,15 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
             async with bus.follow(group=group) as changes:
                 async for job in changes:
                     lines.show(job)
+                    name = names.pop(job.id, "") if job.over else ""
+                    if job.over and not name:
+                        continue  # told again, since the bus was away for a moment
                     if job.state == "done":
                         part = msgspec.convert(job.result, Indexed)
                         total.documents += part.documents
                         total.chunks += part.chunks
                     elif job.over:
                         failed = True
-                        name = names.get(job.id, "")
                         total.documents.append(Document("", name, "failed", reason=job.error or job.state))
         if not failed:  # otherwise they are kept for a day, for `aiirwkv jobs retry`
             for upload in uploads:
@@ -92,6 +98,17 @@ async def _need_services(bus: Bus, config: Config) -> None:
         f"nobody serves {' and '.join(missing)} now, which indexing needs; start it: aiirwkv worker "
         f"{' '.join(plugins)}, or add it to [workers]; if it is there already, aiirwkv plugins says what is wrong"
     )
+
+
+def _need_room(state: State, files: list[Path]) -> None:
+    """Refuse to fill the disk of our own server: what it cannot write down, it cannot tell about either."""
+    needed = ROOM + 2 * sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(state.data).free
+    if not state.config.bus.url and free < needed:
+        raise ConfigError(
+            f"the disk of {state.data} is full: {free >> 20} MB are free, {needed >> 20} MB are needed; make room and "
+            "try again, nothing stored is lost"
+        )
 
 
 async def _files(bus: Bus, paths: tuple[Path, ...]) -> list[tuple[Path, str]]:
