@@ -17,6 +17,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from .config import BusConfig
+from .connection import connection
 from .errors import (
     BY_CODE,
     Busy,
@@ -54,8 +55,6 @@ JOBS_STREAM = "AIIRWKV_JOBS"
 JOBS_BUCKET = "aiirwkv_jobs"
 OBJECTS_BUCKET = "aiirwkv_objects"
 DAY = 86400.0
-CONNECT = 4.0
-"""Seconds that the first connection may take."""
 IDLE = 15.0
 """Seconds of silence after which a worker counts as dead; it sends a sign of life every two."""
 WATCHED = 30.0
@@ -86,21 +85,6 @@ def nobody(asked: str) -> str:
     return f"nobody serves {asked} now; start a worker for it ({start}), or see who is there: aiirwkv plugins ({hook})"
 
 
-class _Client(Client):
-    """
-    A NATS client whose flush is a fence.
-
-    nats-py (2.16) writes flush's PING ahead of the commands still in its buffer, so the PONG proves nothing about
-    them: a subscription may not be there yet, and drain may drop a request. Write the buffer first. A flush that is
-    cancelled half-way breaks the read loop when its PONG arrives, so it is shielded.
-    """
-
-    async def flush(self, timeout: int = 10) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._flush_pending(force_flush=True)
-            await super().flush(timeout)
-
-
 class Bus:
     """
     A connection to NATS that speaks requests and replies.
@@ -124,45 +108,10 @@ class Bus:
     @asynccontextmanager
     async def connect(cls, config: BusConfig | str, name: str = "client", *, claim: str = "") -> AsyncIterator[Bus]:
         """Connect for the length of the block. `config` may be just a URL."""
-        if isinstance(config, str):
-            config = BusConfig(url=config)
-        nc = _Client()
-        complaints: list[str] = []
-
-        async def on_error(exc: Exception) -> None:
-            complaints.append(str(exc) or type(exc).__name__)
-            if nc.is_connected:
-                log.warning("bus: %s", complaints[-1])
-
-        try:
-            with anyio.fail_after(CONNECT):
-                await nc.connect(
-                    config.url or "nats://127.0.0.1:4222",
-                    name=f"aiirwkv-{name}",
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.5,  # type: ignore[arg-type]
-                    ping_interval=20,
-                    allow_reconnect=True,
-                    connect_timeout=5,
-                    error_cb=on_error,
-                    **_security(config),
-                )
-        except (OSError, nats.errors.Error, TimeoutError) as exc:
-            with anyio.move_on_after(1, shield=True):
-                await nc.close()
-            why = "; ".join(dict.fromkeys(complaints)) or str(exc) or "no answer"
-            raise ServerError(
-                f"cannot reach the bus at {address(config)}: {why}; is it running, and are [bus] url and credentials "
-                "right?"
-            ) from None
-        try:
+        async with connection(BusConfig(url=config) if isinstance(config, str) else config, name) as nc:
             bus = cls(nc)
             bus.claim = claim
             yield bus
-        finally:
-            # A cancelled drain would swallow the cancellation and leave the connection half open.
-            with anyio.move_on_after(10, shield=True):
-                await (nc.drain() if nc.is_connected else nc.close())
 
     def bound(self, *, claim: str = "", deadline: float = float("inf"), job: str = "", patience: float = 0) -> Bus:
         """The same connection on behalf of somebody, within a deadline."""
@@ -443,31 +392,3 @@ def _services(reply: dict[str, Any]) -> list[Service]:
         for endpoint in reply["endpoints"]
         if endpoint["name"] in REQUESTS
     ]
-
-
-def _security(config: BusConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if config.credentials:
-        options["user_credentials"] = config.credentials
-    if config.user:
-        options |= {"user": config.user, "password": config.password or ""}
-    if config.tls_ca or config.tls_cert:
-        import ssl
-
-        try:
-            context = ssl.create_default_context(cafile=config.tls_ca)
-            if config.tls_cert:
-                context.load_cert_chain(config.tls_cert, config.tls_key)
-        except OSError as exc:
-            raise ServerError(f"[bus] tls_ca, tls_cert or tls_key cannot be used: {exc}") from None
-        options["tls"] = context
-    return options
-
-
-def address(config: BusConfig) -> str:
-    """The URL without secrets, for people."""
-    scheme, _, rest = (config.url or "nats://127.0.0.1:4222").rpartition("://")
-    return f"{scheme or 'nats'}://{rest.rpartition('@')[2]}"
-
-
-__all__ = ["Bus", "address", "check", "subject"]

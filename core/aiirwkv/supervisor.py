@@ -24,8 +24,9 @@ from typing import IO
 import anyio
 import msgspec
 
-from .bus import Bus, address
+from .bus import Bus
 from .config import BusConfig, Config, Web
+from .connection import address
 from .errors import ConfigError, ServerError
 from .plugins import check
 from .processes import end, spawn

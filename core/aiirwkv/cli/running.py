@@ -53,7 +53,7 @@ async def up(state: State, host: str | None, port: int | None, no_web: bool) -> 
                 async with system(config, state.data, web=not no_web, say=lines.say) as found:
                     for cause in found.broken.values():
                         lines.say(f"! {cause}")
-                    from ..bus import address
+                    from ..connection import address
 
                     lines.say(f"bus    {address(found.bus)} (credentials in {found.data}/bus.url)")
                     where = f" · open {found.web}" if found.web else ""
