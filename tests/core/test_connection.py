@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 
 import msgspec
-
 from aiirwkv.connection import connection
 from aiirwkv.server import embedded
 
