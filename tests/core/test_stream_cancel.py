@@ -74,6 +74,7 @@ async def test_leaving_a_long_call_stops_the_work(tmp_path: Path) -> None:
 async def test_a_long_call_notices_a_dead_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiirwkv.bus.IDLE", 1.0)
     monkeypatch.setattr("aiirwkv.worker.SILENCE", 100.0)  # as good as dead
+    monkeypatch.setattr("aiirwkv.worker.GRACE", 0.1)
     async with running({"heavy": Heavy()}, tmp_path) as bus:
         with pytest.raises(StreamBroken, match="went silent"), anyio.fail_after(5):
             await bus.call(Embed(["a"]), timeout=300)

@@ -131,7 +131,7 @@ async def test_bad_requests_say_what_to_do(guide: Bus) -> None:
         (Search("x", where={"author": ["me"]}), BadRequest, "documents, tags, pages"),
         (Search("x", where={"pages": ["two"]}), BadRequest, "'3-7'"),
         (Search("x", ["guid"]), NotFound, "did you mean 'guide'"),
-        (Search("x", ["something else"]), NotFound, "aiirwkv index"),
+        (Search("x", ["something else"]), NotFound, "aiirwkv collections"),
         (Search("x", where={"documents": ["musem.txt"]}), NotFound, "did you mean 'museum"),
     ]
     for request, error, says in wrong:
