@@ -30,6 +30,8 @@ from nats.js.object_store import ObjectStore
 from .errors import ServerError, ServiceError
 from .types import Object
 
+SETTLE = 0.3
+"""Seconds that a watcher waits for values when it is told that there are none."""
 LOOK = 2.0
 """Seconds between looks at whether the bus is still there."""
 PATIENCE = 12.0
@@ -100,19 +102,32 @@ class Bucket:
 
         async def updates() -> AsyncIterator[tuple[str, bytes] | None]:
             reconnects, gone = self._nc.stats["reconnects"], 0.0
+            seen = complete = early = False
             while True:
                 try:
-                    entry: Any = await watchers[-1].updates(timeout=LOOK)  # type: ignore[no-untyped-call]
-                    yield entry and (entry.key, entry.value)
-                    continue
+                    wait = SETTLE if early and not complete else LOOK
+                    entry: Any = await watchers[-1].updates(timeout=wait)  # type: ignore[no-untyped-call]
                 except nats.errors.TimeoutError:
-                    pass
-                gone = 0.0 if self._nc.is_connected else gone + LOOK
-                if gone > PATIENCE:
-                    raise ServerError("the bus went away and did not come back; start it again: aiirwkv up")
-                if self._nc.is_connected and self._nc.stats["reconnects"] != reconnects:
-                    reconnects = self._nc.stats["reconnects"]
-                    watchers.append(await self._kv.watch(keys, ignore_deletes=True))
+                    if early and not complete:  # there was really nothing
+                        complete = True
+                        yield None
+                    gone = 0.0 if self._nc.is_connected else gone + wait
+                    if gone > PATIENCE:
+                        raise ServerError(
+                            "the bus went away and did not come back; start it again: aiirwkv up"
+                        ) from None
+                    if self._nc.is_connected and self._nc.stats["reconnects"] != reconnects:
+                        reconnects = self._nc.stats["reconnects"]
+                        watchers.append(await self._kv.watch(keys, ignore_deletes=True))
+                    continue
+                if entry:
+                    seen = True
+                    yield entry.key, entry.value
+                # nats-py may say "that was all" before it has handed over what has arrived
+                early = early or (entry is None and not seen)
+                if seen and not complete and (entry is None or entry.delta == 0):
+                    complete = True
+                    yield None
 
         try:
             yield updates()
