@@ -208,3 +208,13 @@ async def test_a_large_result_belongs_to_the_jobs_user(tmp_path: Path) -> None:
         job = await ada.submit(Embed(["a" * 10] * 30))
         done = await until(bus, job.id, "done")
         assert len(json.loads(await ada.read(done.result["object"]))["vectors"]) == 30
+
+
+async def test_following_a_group_sees_every_job_end(tmp_path: Path) -> None:
+    """nats-py's watcher may say that it has told all before it has told anything: one in twenty times here."""
+    async with running({"fake": Fake()}, tmp_path) as bus:
+        for number in range(100):
+            submitted = {(await bus.submit(Embed(["a"]), group=f"g{number}")).id for _ in range(3)}
+            async with bus.follow(group=f"g{number}") as changes:
+                ended = {job.id async for job in changes if job.over}
+            assert ended == submitted
