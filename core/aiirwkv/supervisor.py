@@ -118,13 +118,11 @@ class Family:
         self._env, self._logs, self._say = env, logs, say
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._ending = False
 
     async def __aenter__(self) -> Family:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._ending = True
         with anyio.CancelScope(shield=True):
             for keeper in self._keepers.values():
                 keeper.cancel()

@@ -23,19 +23,17 @@ class Careless(Worker):
             await self.bus.nc.flush()
             task_status.started()
             await self._stopping.wait()
-            self.tasks.cancel_scope.cancel()
+            await self.leave()
+
+    async def leave(self) -> None:
+        self.tasks.cancel_scope.cancel()
 
 
-class Swapped(Worker):
+class Swapped(Careless):
     """Does the right things in the wrong order: the connection goes first."""
 
-    async def run(self, *, task_status=anyio.TASK_STATUS_IGNORED):  # type: ignore[no-untyped-def]
-        async with anyio.create_task_group() as self.tasks:
-            await self._subscribe()
-            await self.bus.nc.flush()
-            task_status.started()
-            await self._stopping.wait()
-            await self.bus.nc.drain()
+    async def leave(self) -> None:
+        await self.bus.nc.drain()
 
 
 async def relay(url: object, kind: type[Worker], drains: int) -> tuple[int, int]:
