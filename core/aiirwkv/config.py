@@ -40,6 +40,7 @@ FOLLOWS = {
     "collections": "index",
     "evaluate": "index",
     "models": "generate",
+    "states": "generate",
     "conversations": "chat",
     "discover": "convert",
 }

@@ -36,6 +36,8 @@ from .types import (
     Rerank,
     Scores,
     Search,
+    States,
+    StatesReply,
     Tune,
     Tuned,
     User,
@@ -213,6 +215,11 @@ class Hooks(Protocol):
     @hookspec
     async def tune(self, request: Tune, ctx: Context) -> Tuned:
         """Tune a state or an adapter."""
+        ...
+
+    @hookspec
+    async def states(self, request: States, ctx: Context) -> StatesReply:
+        """What a model remembers of texts it has read: read once, list, export, import, drop."""
         ...
 
     @hookspec

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from .base import Piece, Reply, Request, StreamRequest
+from .knowledge import Object
 
 
 class Embeddings(Reply, omit_defaults=True):
@@ -102,11 +103,17 @@ class Rerank(Request[Scores]):
 
 
 class Usage(Reply):
-    """Tokens: read from the prompt, of these found in the state cache, and written."""
+    """
+    Tokens: of the prompt, of these not read again because the state cache had them, and written.
+
+    `hits`: how many kept states were continued from; `bytes`: their size.
+    """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    hits: int = 0
+    bytes: int = 0
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,33 +127,64 @@ Finish = Literal["stop", "length"]
 
 
 class Chunk(Piece):
-    """A piece of generated text; the last one says why it ended and what it cost."""
+    """
+    A piece of generated text. The last piece of a text says why it ended, the last of all what it cost.
+
+    `index` tells which of the `n` texts it belongs to.
+    """
 
     text: str = ""
+    index: int = 0
     logprobs: list[float] = []
     finish: Finish | None = None
     usage: Usage | None = None
     model: str = ""
 
 
+class Choice(Reply):
+    """One of several texts for the same prompt."""
+
+    text: str
+    finish: Finish | None = None
+    logprobs: list[float] = []
+
+    @classmethod
+    def fold(cls, chunks: Sequence[Chunk]) -> Choice:
+        return cls(
+            "".join(chunk.text for chunk in chunks),
+            next((chunk.finish for chunk in reversed(chunks) if chunk.finish), None),
+            [value for chunk in chunks for value in chunk.logprobs],
+        )
+
+
 class Completion(Reply):
-    """A whole generated text. `logprobs`: natural logarithm of each written token's probability, if asked for."""
+    """
+    A whole generated text. `logprobs`: natural logarithm of each written token's probability, if asked for.
+
+    With `n` above 1, `choices` holds all the texts, and the other fields the first of them.
+    """
 
     text: str
     finish: Finish | None = None
     usage: Usage = msgspec.field(default_factory=Usage)
     model: str = ""
     logprobs: list[float] = []
+    choices: list[Choice] = []
 
     @classmethod
     def fold(cls, chunks: Sequence[Chunk]) -> Completion:
-        last = chunks[-1] if chunks else Chunk()
+        texts: dict[int, list[Chunk]] = {0: []}
+        for chunk in chunks:
+            texts.setdefault(chunk.index, []).append(chunk)
+        choices = [Choice.fold(texts[index]) for index in sorted(texts)]
+        first, last = choices[0], chunks[-1] if chunks else Chunk()
         return cls(
-            "".join(chunk.text for chunk in chunks),
-            last.finish,
+            first.text,
+            first.finish,
             last.usage or Usage(),
             last.model,
-            [value for chunk in chunks for value in chunk.logprobs],
+            first.logprobs,
+            choices if len(choices) > 1 else [],
         )
 
 
@@ -155,7 +193,7 @@ class Generate(StreamRequest[Chunk, Completion]):
     Continue `prompt`, or answer `messages`; `documents` are set before the last turn in the model's own form.
 
     What is left out (None) comes from the model's card. `model` is "[plugin/]name"; `state` and `adapter` name tuned
-    ones; `conversation` is a hint for keeping the state near.
+    ones; `conversation` is a hint for keeping the state near. `cache` false neither uses nor keeps states.
     """
 
     prompt: str = ""
@@ -169,16 +207,89 @@ class Generate(StreamRequest[Chunk, Completion]):
     presence: float | None = None
     frequency: float | None = None
     decay: float | None = None
+    logit_bias: dict[int, float] = {}
+    ban: list[int] = []
     stop: list[str] = []
+    regex: str = ""
+    json_schema: dict[str, Any] | None = None
+    n: int = 1
     seed: int | None = None
     logprobs: bool = False
     model: str | None = None
     state: str | None = None
     adapter: str | None = None
     conversation: str | None = None
+    cache: bool = True
     hook = "generate"
     reply = Completion
     chunk = Chunk
+
+
+class KeptState(Reply):
+    """
+    What a model remembers of a text it has read. `tokens`: how long that text is; `bytes`: the size of the state.
+
+    `label` says what was read; `pinned`: not dropped to make room for states that nobody asked to keep.
+    """
+
+    id: str
+    model: str = ""
+    label: str = ""
+    owner: str = ""
+    tokens: int = 0
+    bytes: int = 0
+    memory: bool = False
+    disk: bool = False
+    pinned: bool = False
+    hits: int = 0
+    created: float = 0.0
+    used: float = 0.0
+
+
+class CacheStats(Reply):
+    """The state cache: bytes in memory and on disk with their budgets, and what it has spared since the start."""
+
+    states: int = 0
+    memory: int = 0
+    memory_budget: int = 0
+    disk: int = 0
+    disk_budget: int = 0
+    hits: int = 0
+    misses: int = 0
+    tokens_saved: int = 0
+    dropped: int = 0
+
+
+class StatesReply(Reply, omit_defaults=True):
+    """The states that the action is about, the cache as a whole, and for export the file as an object."""
+
+    states: list[KeptState] = []
+    cache: CacheStats = msgspec.field(default_factory=CacheStats)
+    usage: Usage | None = None
+    object: Object | None = None
+
+
+class States(Request[StatesReply]):
+    """
+    What the model remembers of texts it has read.
+
+    list, read (`documents`, after `messages`, in the model's own form, or `prompt`: read now, so that a request that
+    begins with them need not; `pin` keeps the state), export (`id`: as a file), import (`object`), drop (`id`, or all).
+    """
+
+    action: Literal["list", "read", "export", "import", "drop"] = "list"
+    id: str = ""
+    messages: list[Message] = []
+    documents: list[str] = []
+    prompt: str = ""
+    model: str | None = None
+    state: str | None = None
+    adapter: str | None = None
+    label: str = ""
+    pin: bool = True
+    object: str = ""
+    hook = "states"
+    reply = StatesReply
 
 
 class Tuned(Reply):
@@ -235,12 +346,19 @@ class ModelsReply(Reply):
 
 
 class Models(Request[ModelsReply]):
-    """list, add (`path` on the worker), pull (`url`), load, unload, use, delete: base models, states, adapters."""
+    """
+    Base models, states and adapters of a worker.
+
+    list, add (`path` on the worker), pull (`url`, or `hub` and a file in it; as a job it tells its progress), load,
+    unload, use (as the default from now on), delete.
+    """
 
     action: Literal["list", "add", "pull", "load", "unload", "use", "delete"] = "list"
     name: str = ""
     path: str = ""
     url: str = ""
+    hub: str = ""
+    file: str = ""
     sha256: str = ""
     hook = "models"
     reply = ModelsReply
