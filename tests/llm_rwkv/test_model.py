@@ -10,7 +10,8 @@ import torch
 from aiirwkv import PluginError
 from aiirwkv_llm_rwkv.checkpoint import load
 from aiirwkv_llm_rwkv.kernels.plain import wkv7, wkv7_step
-from aiirwkv_llm_rwkv.model import RWKV7, LayerState, Sizes, State
+from aiirwkv_llm_rwkv.model import RWKV, LayerState, State
+from aiirwkv_llm_rwkv.rwkv7 import Sizes7
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +22,7 @@ from .questions import READING
 CPU = torch.device("cpu")
 
 
-def model_at(path: Path) -> RWKV7:
+def model_at(path: Path) -> RWKV:
     return load(path, CPU, torch.float32)
 
 
@@ -111,6 +112,19 @@ def test_a_tuned_state_in_the_checkpoint_is_the_initial_state(reference: Referen
     assert furthest(mine, plain(tokens)[0]) > 0.1
 
 
+@torch.inference_mode()
+def test_a_state_in_its_flat_form(reference: Reference) -> None:
+    model = model_at(reference.weights)
+    state = ours(reference.states[1])
+    assert state is not None
+    flat = model.layout.flat(state)
+    assert flat.shape == (1, model.layout.size) and flat.dtype == torch.float32
+    for layer, other in zip(state, model.layout.state(flat), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer, other, strict=True))
+    _, _, wkv = model.layout.parts(flat)
+    assert torch.equal(wkv[0, 1], state[1].wkv[0].mT), "key × value"
+
+
 @pytest.mark.parametrize("chunk", [8, 16, 32])
 def test_gradients_of_the_chunks_are_those_of_the_steps(chunk: int) -> None:
     generator = torch.Generator().manual_seed(chunk)
@@ -160,7 +174,7 @@ def test_a_time_state_can_learn(tiny: Path) -> None:
 
 def test_every_size_is_read(tiny: Path) -> None:
     sizes = model_at(tiny).sizes
-    expected = Sizes(
+    expected = Sizes7(
         vocabulary=1024, layers=3, width=128, heads=2, hidden=512, rank_w=32, rank_a=24, rank_v=16, rank_g=48
     )
     assert sizes == expected
@@ -184,9 +198,9 @@ def test_values_of_layer_0_that_official_files_hold_are_ignored(tmp_path: Path, 
             {"blocks.1.att.w2": torch.zeros(31, 128)},
             r"the tensor blocks.1.att.w2 has shape \(31, 128\), not \(32, 128\)",
         ),
-        ({"blocks.1.att.extra": torch.zeros(1)}, "the tensor blocks.1.att.extra does not belong to RWKV-7"),
-        ({"blocks.0.att.r_k": None}, "the tensor blocks.0.att.r_k is missing"),
-        ({"blocks.0.att.r_k": None, "blocks.0.att.time_maa_x": torch.zeros(1)}, "an RWKV of version 4 to 6"),
+        ({"blocks.1.att.extra": torch.zeros(1)}, "the tensor blocks.1.att.extra does not belong to an rwkv7"),
+        ({"blocks.0.att.r_k": None}, "it holds no RWKV"),
+        ({"blocks.0.att.r_k": None, "blocks.0.att.time_maa_x": torch.zeros(1)}, "it holds an rwkv6"),
         ({"emb.weight": torch.zeros(4)}, "a tensor has a wrong number of dimensions"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from aiirwkv.errors import PluginError
 from safetensors import SafetensorError, safe_open
 
-from .model import RWKV7, Sizes
+from .model import RWKV, architecture
 
 __all__ = ["load"]
 
@@ -16,14 +16,14 @@ UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
 """Official files hold these of layer 0, which has no layer below to mix its values with."""
 
 
-def load(path: Path, device: torch.device, dtype: torch.dtype) -> RWKV7:
-    """An RWKV-7 model; what has the right type already is used from the file without a copy. Raises PluginError."""
+def load(path: Path, device: torch.device, dtype: torch.dtype) -> RWKV:
+    """The model in a file; what has the right type already is used from the file without a copy. Raises PluginError."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             names = [name for name in file.keys() if name not in UNUSED]  # noqa: SIM118
-            sizes = Sizes.read({name: file.get_slice(name).get_shape() for name in names})
+            kind, sizes = architecture({name: file.get_slice(name).get_shape() for name in names})
             with torch.device("meta"):
-                model = RWKV7(sizes)
+                model = kind(sizes)
             if any(name.endswith(".time_state") for name in names):
                 model.add_time_state()
             expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -31,7 +31,7 @@ def load(path: Path, device: torch.device, dtype: torch.dtype) -> RWKV7:
             for name in names:
                 shape = tuple(file.get_slice(name).get_shape())
                 if name not in expected:
-                    raise ValueError(f"the tensor {name} does not belong to RWKV-7")
+                    raise ValueError(f"the tensor {name} does not belong to an {model.version}")
                 if shape != expected[name]:
                     raise ValueError(f"the tensor {name} has shape {shape}, not {expected[name]}")
                 tensors[name] = file.get_tensor(name).to(dtype)

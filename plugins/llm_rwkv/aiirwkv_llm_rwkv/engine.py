@@ -17,7 +17,7 @@ from aiirwkv.errors import ServiceError
 from aiirwkv.types import Chunk, Finish, Usage
 from torch import Tensor
 
-from .model import RWKV7, State
+from .model import RWKV, State
 from .output import Output
 from .sampling import Sampler
 from .tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class Run:
             text += self.output.end()
         if text or finish:
             usage = Usage(prompt=len(self.prompt), completion=self.written) if finish else None
-            self.emit(Chunk(text, self._logprobs, finish, usage))
+            self.emit(Chunk(text, logprobs=self._logprobs, finish=finish, usage=usage))
             self._logprobs = []
         self.over = self.over or finish is not None
 
@@ -66,7 +66,7 @@ class Engine:
     ROWS = 16
     """Requests that are worked on at once; more wait."""
 
-    def __init__(self, model: RWKV7, tokenizer: Tokenizer, threads: int = 0) -> None:
+    def __init__(self, model: RWKV, tokenizer: Tokenizer, threads: int = 0) -> None:
         self.model, self.tokenizer, self.threads = model, tokenizer, threads
         self.device = model.emb.weight.device
         self.runs: list[Run] = []

@@ -1,23 +1,15 @@
-"""
-RWKV-7 as one torch module, the same for serving and for training.
-
-Every size comes from the checkpoint; the parameters have the official names. A state is a value: `forward` never
-changes the one it is given, so a state can be kept, shared and continued from many times.
-"""
+"""What the versions of RWKV share: sizes, states and their flat form, and the frame of the torch module."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self, cast
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.plain import wkv7
-
-__all__ = ["RWKV7", "LayerState", "Sizes", "State"]
+__all__ = ["RWKV", "Block", "LayerState", "Layout", "Sizes", "State", "architecture", "version"]
 
 
 class LayerState(NamedTuple):
@@ -26,7 +18,7 @@ class LayerState(NamedTuple):
     att: Tensor
     """[B, D]: the last token's input of the time mix."""
     wkv: Tensor
-    """[B, H, N, N], float32: value × key, as in the `rwkv` package and in tuned states of RWKV-7."""
+    """[B, H, N, N], float32, as in the `rwkv` package: value × key for RWKV-7, key × value for RWKV-6."""
     ffn: Tensor
     """[B, D]: the last token's input of the channel mix."""
 
@@ -36,17 +28,13 @@ State = tuple[LayerState, ...]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of an RWKV-7 model, all of them visible in the shapes of its tensors."""
+    """The sizes of a model, all of them visible in the shapes of its tensors."""
 
     vocabulary: int
     layers: int
     width: int
     heads: int
     hidden: int
-    rank_w: int
-    rank_a: int
-    rank_v: int
-    rank_g: int
 
     @property
     def head(self) -> int:
@@ -54,32 +42,49 @@ class Sizes:
 
     @classmethod
     def read(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
-        """From names and shapes of a checkpoint. Raises ValueError when they are not those of RWKV-7."""
-        if "blocks.0.att.r_k" not in shapes:
-            if any("att.time_" in name for name in shapes):
-                raise ValueError("it holds an RWKV of version 4 to 6; this worker serves RWKV-7")
-            raise ValueError("it holds no RWKV-7: the tensor blocks.0.att.r_k is missing")
-        layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-        try:
-            vocabulary, width = shapes["emb.weight"]
-            return cls(
-                vocabulary=vocabulary,
-                layers=layers,
-                width=width,
-                heads=shapes["blocks.0.att.r_k"][0],
-                hidden=shapes["blocks.0.ffn.key.weight"][0],
-                rank_w=shapes["blocks.0.att.w1"][1],
-                rank_a=shapes["blocks.0.att.a1"][1],
-                rank_v=shapes["blocks.1.att.v1"][1] if layers > 1 else 0,
-                rank_g=shapes["blocks.0.att.g1"][1],
-            )
-        except KeyError as error:
-            raise ValueError(f"the tensor {error.args[0]} is missing") from None
-        except (ValueError, IndexError):
-            raise ValueError("a tensor has a wrong number of dimensions") from None
+        """From names and shapes of a checkpoint. Raises ValueError when they are not those of this version."""
+        raise NotImplementedError
 
 
-def _parameter(*shape: int) -> nn.Parameter:
+class Layout:
+    """
+    How a state lies in one flat float32 vector per text: the form in which states are kept, copied and stored.
+
+    First the `att` of all layers, then their `ffn`, then their `wkv`, here always key × value: `parts` are views.
+    """
+
+    def __init__(self, layers: int, width: int, heads: int, *, transposed: bool) -> None:
+        """`transposed`: the wkv of a State is value × key."""
+        self.layers, self.width, self.heads, self.head = layers, width, heads, width // heads
+        self.transposed = transposed
+        self.shifts = 2 * layers * width
+        self.size = self.shifts + layers * width * self.head
+        """Floats of one text's state."""
+
+    def parts(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of [B, size]: att [B, L, D], ffn [B, L, D], wkv [B, L, H, N (key), N (value)]."""
+        att, ffn, wkv = flat.tensor_split((self.shifts // 2, self.shifts), -1)
+        shape, N = (len(flat), self.layers, self.width), self.head
+        return att.view(shape), ffn.view(shape), wkv.view(len(flat), self.layers, self.heads, N, N)
+
+    def flat(self, state: State) -> Tensor:
+        """[B, size], a copy, on the state's device."""
+        flat = torch.empty(len(state[0].att), self.size, device=state[0].wkv.device)
+        att, ffn, wkv = self.parts(flat)
+        for i, layer in enumerate(state):
+            att[:, i], ffn[:, i], wkv[:, i] = layer.att, layer.ffn, self._turn(layer.wkv)
+        return flat
+
+    def state(self, flat: Tensor) -> State:
+        """The state in [B, size]: views of it, to be read only."""
+        att, ffn, wkv = self.parts(flat)
+        return tuple(LayerState(att[:, i], self._turn(wkv[:, i]), ffn[:, i]) for i in range(self.layers))
+
+    def _turn(self, wkv: Tensor) -> Tensor:
+        return wkv.mT if self.transposed else wkv
+
+
+def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape))
 
 
@@ -100,111 +105,70 @@ class Embedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
 
-def _shift(x: Tensor, last: Tensor) -> Tensor:
+def shift(x: Tensor, last: Tensor) -> Tensor:
     """Each token's predecessor; `last` [B, D] precedes the first. x [B, T, D]."""
-    return torch.cat([last.unsqueeze(1), x[:, :-1]], 1)
+    return torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], 1)
 
 
 class TimeMix(nn.Module):
     """What a token learns from the tokens before it, through the state."""
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
+    time_state: nn.Parameter | None
+    """[H, N, N], value × key for every version: the wkv state before the first token."""
+
+    def __init__(self) -> None:
         super().__init__()
-        D, H, N = sizes.width, sizes.heads, sizes.head
-        self.layer, self.heads, self.head = layer, H, N
-        self.x_r, self.x_w, self.x_k = _parameter(1, 1, D), _parameter(1, 1, D), _parameter(1, 1, D)
-        self.x_v, self.x_a, self.x_g = _parameter(1, 1, D), _parameter(1, 1, D), _parameter(1, 1, D)
-        self.w0, self.w1, self.w2 = _parameter(1, 1, D), _parameter(D, sizes.rank_w), _parameter(sizes.rank_w, D)
-        self.a0, self.a1, self.a2 = _parameter(1, 1, D), _parameter(D, sizes.rank_a), _parameter(sizes.rank_a, D)
-        if layer > 0:
-            self.v0, self.v1, self.v2 = _parameter(1, 1, D), _parameter(D, sizes.rank_v), _parameter(sizes.rank_v, D)
-        self.g1, self.g2 = _parameter(D, sizes.rank_g), _parameter(sizes.rank_g, D)
-        self.k_k, self.k_a, self.r_k = _parameter(1, 1, D), _parameter(1, 1, D), _parameter(H, N)
-        self.receptance = Linear(D, D)
-        self.key = Linear(D, D)
-        self.value = Linear(D, D)
-        self.output = Linear(D, D)
-        self.ln_x = nn.GroupNorm(H, D, eps=64e-5)
-        self.time_state: nn.Parameter | None
         self.register_parameter("time_state", None)
 
     def forward(
         self, x: Tensor, last: Tensor, wkv: Tensor, first_value: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] → output [B, T, D], the new wkv state, and the values of layer 0 for the layers above."""
-        B, T, D = x.shape
-        change = _shift(x, last) - x
-        r = self.receptance(torch.addcmul(x, change, self.x_r))
-        k = self.key(torch.addcmul(x, change, self.x_k))
-        x_v = torch.addcmul(x, change, self.x_v)
-        v: Tensor = self.value(x_v)
-        log_w = self.w0 + torch.tanh(torch.addcmul(x, change, self.x_w) @ self.w1) @ self.w2
-        log_w = -0.606531 * torch.sigmoid(log_w.float())  # e^(-1/2), so that w is between exp(-e^(-1/2)) and 1
-        a = torch.sigmoid(self.a0 + torch.addcmul(x, change, self.x_a) @ self.a1 @ self.a2)
-        g = torch.sigmoid(torch.addcmul(x, change, self.x_g) @ self.g1) @ self.g2
-        if first_value is None:
-            first_value = v
-        else:
-            v = torch.lerp(v, first_value, torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2))
-
-        def heads(z: Tensor) -> Tensor:
-            return z.view(B, T, self.heads, self.head)
-
-        kappa = F.normalize(heads(k * self.k_k).float(), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a)
-        r, k, v = heads(r), heads(k), heads(v)
-        y, wkv = wkv7(r.float(), heads(log_w), k.float(), v.float(), -kappa, kappa * heads(a).float(), wkv)
-        y = self.ln_x(y.to(x.dtype).reshape(B * T, D)).view(B, T, D)
-        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v).view(B, T, D)
-        return self.output(y * g), wkv, first_value
-
-
-class ChannelMix(nn.Module):
-    """What a token makes of what it has learnt."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.x_k = _parameter(1, 1, sizes.width)
-        self.key = Linear(sizes.width, sizes.hidden)
-        self.value = Linear(sizes.hidden, sizes.width)
-
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        hidden: Tensor = self.key(torch.addcmul(x, _shift(x, last) - x, self.x_k))
-        return self.value(torch.relu(hidden).square())  # type: ignore[no-any-return]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [B, T, D] → output [B, T, D], the new wkv state, and what layer 0 hands to the layers above."""
+        raise NotImplementedError
 
 
 class Block(nn.Module):
     """One layer."""
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
+    def __init__(self, width: int, layer: int, att: TimeMix, ffn: nn.Module) -> None:
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(sizes.width)
-        self.ln1 = nn.LayerNorm(sizes.width)
-        self.ln2 = nn.LayerNorm(sizes.width)
-        self.att = TimeMix(sizes, layer)
-        self.ffn = ChannelMix(sizes)
+            self.ln0 = nn.LayerNorm(width)
+        self.ln1 = nn.LayerNorm(width)
+        self.ln2 = nn.LayerNorm(width)
+        self.att = att
+        self.ffn = ffn
 
-    def forward(self, x: Tensor, state: LayerState, first_value: Tensor | None) -> tuple[Tensor, LayerState, Tensor]:
+    def forward(
+        self, x: Tensor, state: LayerState, first_value: Tensor | None
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
         att = self.ln1(x)
-        values: Tensor
-        y, wkv, values = self.att(att, state.att, state.wkv, first_value)
+        y, wkv, first_value = self.att(att, state.att, state.wkv, first_value)
         x = x + y
         ffn = self.ln2(x)
         x = x + self.ffn(ffn, state.ffn)
-        return x, LayerState(att[:, -1], wkv, ffn[:, -1]), values
+        return x, LayerState(att[:, -1], wkv, ffn[:, -1]), first_value
 
 
-class RWKV7(nn.Module):
-    """RWKV-7 (x070), after the equations of BlinkDL's RWKV-LM. A new one holds zeros: load or initialise it."""
+class RWKV(nn.Module):
+    """A model of any version, in the official names. A new one holds zeros: load or initialise it."""
+
+    version: ClassVar[str]
+    transposed: ClassVar[bool]
+    """The official wkv state is value × key, not key × value."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
+        self.layout = Layout(sizes.layers, sizes.width, sizes.heads, transposed=self.transposed)
         self.emb = Embedding(sizes.vocabulary, sizes.width)
-        self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.layers))
+        self.blocks = nn.ModuleList(map(self.block, range(sizes.layers)))
         self.ln_out = nn.LayerNorm(sizes.width)
         self.head = Linear(sizes.width, sizes.vocabulary)
+
+    def block(self, layer: int) -> Block:
+        """Make the layer of this number."""
+        raise NotImplementedError
 
     @property
     def layers(self) -> list[Block]:
@@ -221,14 +185,22 @@ class RWKV7(nn.Module):
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zero, or the `time_state` of the checkpoint."""
+        return self.state_of([block.att.time_state for block in self.layers], batch)
+
+    def state_of(self, time_states: Sequence[Tensor | None], batch: int = 1) -> State:
+        """The state that begins with a `time_state` [H, N, N] (value × key) in each layer; None is zero."""
         sizes, weight = self.sizes, self.emb.weight
         zero = torch.zeros(batch, sizes.width, dtype=weight.dtype, device=weight.device)
         shape = (batch, sizes.heads, sizes.head, sizes.head)
         nothing = torch.zeros(shape, dtype=torch.float32, device=weight.device)
-        tuned = (block.att.time_state for block in self.layers)
-        return tuple(
-            LayerState(zero, nothing if state is None else state.float().expand(shape), zero) for state in tuned
-        )
+
+        def wkv(time_state: Tensor | None) -> Tensor:
+            if time_state is None:
+                return nothing
+            time_state = time_state.to(weight.device, torch.float32)
+            return (time_state if self.transposed else time_state.mT).expand(shape)
+
+        return tuple(LayerState(zero, wkv(time_state), zero) for time_state in time_states)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens [B, T], T ≥ 1 → the normalised output of the last layer [B, T, D], and the new state."""
@@ -245,3 +217,24 @@ class RWKV7(nn.Module):
         """tokens [B, T] → logits [B, T, V] (with `last`, of the last token only: [B, 1, V]), and the new state."""
         x, state = self.hidden(tokens, state)
         return self.head(x[:, -1:] if last else x), state
+
+
+def version(shapes: Mapping[str, Sequence[int]]) -> str:
+    """rwkv4 … rwkv7, by the names of the tensors. Raises ValueError when they are no RWKV's."""
+    if "blocks.0.att.r_k" in shapes:
+        return "rwkv7"
+    if "blocks.0.att.time_maa_x" in shapes:
+        return "rwkv6"
+    if "blocks.0.att.time_decay" in shapes:
+        return "rwkv5" if "blocks.0.att.ln_x.weight" in shapes else "rwkv4"
+    raise ValueError("it holds no RWKV: neither blocks.0.att.r_k nor blocks.0.att.time_decay is in it")
+
+
+def architecture(shapes: Mapping[str, Sequence[int]]) -> tuple[type[RWKV], Sizes]:
+    """The class of module for a checkpoint, and its sizes. Raises ValueError when there is none."""
+    from .rwkv7 import RWKV7, Sizes7
+
+    found = version(shapes)
+    if found == "rwkv7":
+        return RWKV7, Sizes7.read(shapes)
+    raise ValueError(f"it holds an {found}, which this worker serves only through the `rwkv` package")

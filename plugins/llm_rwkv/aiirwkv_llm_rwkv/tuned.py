@@ -17,7 +17,7 @@ from aiirwkv.types import Model
 from .library import unknown
 
 if TYPE_CHECKING:
-    from .model import RWKV7, State
+    from .model import RWKV, State
 
 __all__ = ["CARD", "STATE", "StateCard", "TunedStates", "states_folder"]
 
@@ -92,7 +92,7 @@ class TunedStates:
             raise NotFound(unknown("tuned state", name, cards))
         return cards[name]
 
-    def load(self, name: str, ctx: Context, model: RWKV7, base: Callable[[], str]) -> State:
+    def load(self, name: str, ctx: Context, model: RWKV, base: Callable[[], str]) -> State:
         """
         What a text begins with. `base` gives the sha256 of the model's weights.
 
@@ -141,8 +141,7 @@ class TunedStates:
         ]
 
 
-def _read(path: Path, card: StateCard, model: RWKV7) -> State:
-    import torch
+def _read(path: Path, card: StateCard, model: RWKV) -> State:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -156,11 +155,11 @@ def _read(path: Path, card: StateCard, model: RWKV7) -> State:
             wkv = tensors.pop(f"blocks.{number}.att.time_state")
             if wkv.shape != layer.wkv.shape[1:]:
                 raise ValueError(f"layer {number} has shape {tuple(wkv.shape)}, not {tuple(layer.wkv.shape[1:])}")
-            layers.append(layer._replace(wkv=wkv.to(layer.wkv.device, torch.float32).unsqueeze(0)))
+            layers.append(wkv)
         if tensors:
             raise ValueError(f"the tensor {min(tensors)} does not belong to it")
     except KeyError as error:
         raise Conflict(f"the tuned state {card.name!r} cannot be used: it lacks the tensor {error.args[0]}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise Conflict(f"the tuned state {card.name!r} cannot be used: {error}; tune it again") from None
-    return tuple(layers)
+    return model.state_of(layers)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from aiirwkv.errors import BadRequest, Conflict
 from aiirwkv_llm_rwkv.checkpoint import load
 from aiirwkv_llm_rwkv.library import Files
-from aiirwkv_llm_rwkv.model import RWKV7
+from aiirwkv_llm_rwkv.model import RWKV
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from aiirwkv_llm_rwkv.tuned import CARD, STATE, StateCard
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -102,7 +102,7 @@ def train(order: Order, run: Run, files: Files, examples: Sequence[Example], say
 class Tuning(lightning.LightningModule):  # type: ignore[misc]
     """What Lightning trains: a frozen model with an initial wkv state for every layer."""
 
-    def __init__(self, model: RWKV7, learning_rate: float, steps: int) -> None:
+    def __init__(self, model: RWKV, learning_rate: float, steps: int) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds only what is learnt
         self.model = model
@@ -196,7 +196,7 @@ def _fit(tuning: Tuning, batches: Batches, order: Order, run: Run, say: Say) -> 
     trainer.fit(tuning, batches, ckpt_path=run.checkpoint if run.checkpoint.is_file() else None)
 
 
-def answer_loss(model: RWKV7, batch: Batch, reduction: str = "mean") -> Tensor:
+def answer_loss(model: RWKV, batch: Batch, reduction: str = "mean") -> Tensor:
     """Cross entropy of the tokens that are to be learnt, in nats; the head sees no others."""
     tokens, learnt = batch
     hidden, _ = model.hidden(tokens[:, :-1])
@@ -204,7 +204,7 @@ def answer_loss(model: RWKV7, batch: Batch, reduction: str = "mean") -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: RWKV7, samples: Sequence[Sample], limit: int) -> float:
+def evaluate(model: RWKV, samples: Sequence[Sample], limit: int) -> float:
     """The mean loss of all answer tokens."""
     order = sorted(range(len(samples)), key=lambda index: len(samples[index].tokens))
     total, count = 0.0, 0
@@ -234,6 +234,6 @@ def _place(name: str) -> tuple[torch.device, torch.dtype]:
     return device, torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _threads(model: RWKV7) -> int:
+def _threads(model: RWKV) -> int:
     """Half the cores; one for a small model, whose operations are too short to be worth sharing out."""
     return 1 if model.sizes.width < 512 else max(1, (os.cpu_count() or 1) // 2)
