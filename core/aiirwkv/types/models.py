@@ -350,7 +350,8 @@ class Models(Request[ModelsReply]):
     Base models, states and adapters of a worker.
 
     list, add (`path` on the worker), pull (`url`, or `hub` and a file in it; as a job it tells its progress), load,
-    unload, use (as the default from now on), delete.
+    unload, use (as the default from now on), delete. `base` is the model that a state or adapter without a card of its
+    own was made for.
     """
 
     action: Literal["list", "add", "pull", "load", "unload", "use", "delete"] = "list"
@@ -360,5 +361,6 @@ class Models(Request[ModelsReply]):
     hub: str = ""
     file: str = ""
     sha256: str = ""
+    base: str = ""
     hook = "models"
     reply = ModelsReply
