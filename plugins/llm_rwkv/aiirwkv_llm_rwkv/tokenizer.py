@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ast
 import codecs
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Tokenizer", "Utf8"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LONGEST = 1024
 """Bytes of a token, at most."""
@@ -127,7 +129,7 @@ def _trie(ids: Mapping[bytes, int]) -> NDArray[np.int32]:
     return np.concatenate(levels)
 
 
-def _compiled(signature: str) -> Any:
+def _compiled(signature: str) -> Callable[[F], F]:
     """Compile a function. Its machine code is kept beside this file or in the user's cache, if these can be written."""
 
     def compile(function: Any) -> Any:
