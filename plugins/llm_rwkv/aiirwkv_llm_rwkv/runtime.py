@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .model import RWKV, Layout
 
-__all__ = ["Adapter", "Piece", "Runtime", "TorchRuntime", "scarce"]
+__all__ = ["Adapter", "Piece", "Runtime", "TorchRuntime", "check", "scarce"]
 
 
 class Adapter(Protocol):
@@ -97,7 +97,7 @@ class TorchRuntime:
         return self.pool[slot].to("cpu", copy=True)
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        self._check(pieces)
+        check(pieces, self.vocabulary)
         order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].tokens), id(pieces[i].adapter)))
         logits = torch.empty(len(pieces), self.vocabulary)
         states: list[tuple[Tensor, Tensor]] = []
@@ -110,16 +110,6 @@ class TorchRuntime:
             for slots, state in states:  # only now, so that a failure above changes nothing
                 self.pool.index_copy_(0, slots, state)
         return logits
-
-    def _check(self, pieces: Sequence[Piece]) -> None:
-        """A token beyond the vocabulary would end a whole CUDA process, so that it is worth a look."""
-        for piece in pieces:
-            if not piece.tokens:
-                raise ValueError("a piece holds no token")
-            if min(piece.tokens) < 0 or max(piece.tokens) >= self.vocabulary:
-                raise ValueError(f"a token is not among the {self.vocabulary} of the model")
-        if len({piece.slot for piece in pieces}) < len(pieces):
-            raise ValueError("two pieces of one batch share a slot")
 
     def _run(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         """Pieces of one length, those of an adapter side by side → slots, logits [pieces, V], states [pieces, size]."""
@@ -174,6 +164,17 @@ def adapted(model: nn.Module, updates: Sequence[tuple[slice, Mapping[str, tuple[
 
             stack.callback(model.get_submodule(name).register_forward_hook(add).remove)
         yield
+
+
+def check(pieces: Sequence[Piece], vocabulary: int) -> None:
+    """Raises ValueError; a token beyond the vocabulary would end a whole CUDA process, so that it is worth a look."""
+    for piece in pieces:
+        if not piece.tokens:
+            raise ValueError("a piece holds no token")
+        if min(piece.tokens) < 0 or max(piece.tokens) >= vocabulary:
+            raise ValueError(f"a token is not among the {vocabulary} of the model")
+    if len({piece.slot for piece in pieces}) < len(pieces):
+        raise ValueError("two pieces of one batch share a slot")
 
 
 @contextmanager

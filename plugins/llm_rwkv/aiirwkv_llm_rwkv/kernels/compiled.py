@@ -34,6 +34,7 @@ __all__ = [
     "relu_squared",
     "shift",
     "sigmoid",
+    "silu",
     "tanh",
     "wkv6",
     "wkv6_parallel",
@@ -84,6 +85,14 @@ def sigmoid(x: Array) -> None:
     flat = x.reshape(-1)
     for i in range(flat.size):
         flat[i] = _sigmoid(flat[i])
+
+
+@njit(**FAST)
+def silu(x: Array) -> None:
+    """In place."""
+    flat = x.reshape(-1)
+    for i in range(flat.size):
+        flat[i] *= _sigmoid(flat[i])
 
 
 @njit(**FAST)

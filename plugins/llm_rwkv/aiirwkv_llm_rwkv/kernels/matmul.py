@@ -21,7 +21,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["WIDTH", "matmul", "matmul_parallel", "pack", "unpack"]
+__all__ = ["GROUP", "WIDTH", "matmul", "matmul4", "matmul4_parallel", "matmul_parallel", "pack", "pack4", "scale"]
 
 Array = npt.NDArray[Any]
 
@@ -153,6 +153,103 @@ def pack(weights: Array) -> Array:
     return np.ascontiguousarray(panels).reshape(len(panels), -1)
 
 
-def unpack(panels: Array, outputs: int) -> Array:
-    """The inverse of `pack`."""
-    return panels.reshape(len(panels), -1, WIDTH).transpose(0, 2, 1).reshape(-1, panels.shape[1] // WIDTH)[:outputs]
+@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+def scale(y: Array, factors: Array) -> None:
+    """y[row] *= factors."""
+    for row in range(y.shape[0]):
+        for i in range(y.shape[1]):
+            y[row, i] *= factors[i]
+
+
+GROUP = 32
+"""Inputs that share a scale, in int4."""
+
+
+@intrinsic(prefer_literal=True)
+def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any, y: Any, out: Any, groups: Any) -> Any:
+    """As `_block`, of weights of 4 bits: a byte holds those of the inputs k and k + GROUP/2 of its group, each + 8."""
+    M = rows.literal_value
+    signature = types.void(rows, *[types.intp] * 7)
+
+    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        _, w, scales, x, stride, y, out, groups = arguments
+        zero = ir.Constant(_VF, [0.0] * LANES)
+        sums = [[cgutils.alloca_once_value(b, zero) for _ in range(VECTORS)] for _ in range(M)]
+        fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VF, [_VF] * 3), f"llvm.fma.v{LANES}f32")
+        starts = [b.add(x, b.mul(stride, _size(m))) for m in range(M)]
+        with cgutils.for_range_slice(b, _size(0), groups, _size(1), _I64) as (group, _):
+            factors = b.add(scales, b.mul(group, _size(WIDTH * 4)))
+            factor = [b.load(b.inttoptr(b.add(factors, _size(v * LANES * 4)), _VF.as_pointer()), align=4)
+                      for v in range(VECTORS)]  # fmt: skip
+            with cgutils.for_range_slice(b, _size(0), _size(GROUP // 2), _size(1), _I64) as (i, _):
+                line = b.add(w, b.mul(b.add(b.mul(group, _size(GROUP // 2)), i), _size(WIDTH)))
+                halves: list[list[Any]] = [[], []]
+                for v in range(VECTORS):
+                    address = b.inttoptr(b.add(line, _size(v * LANES)), ir.VectorType(_I8, LANES).as_pointer())
+                    both = b.zext(b.load(address, align=1), _VI)
+                    for half, integers in enumerate(
+                        (b.and_(both, ir.Constant(_VI, [15] * LANES)), b.lshr(both, ir.Constant(_VI, [4] * LANES)))
+                    ):
+                        centred = b.sitofp(b.sub(integers, ir.Constant(_VI, [8] * LANES)), _VF)
+                        halves[half].append(b.fmul(centred, factor[v]))
+                for half in range(2):
+                    k = b.add(b.add(b.mul(group, _size(GROUP)), i), _size(half * GROUP // 2))
+                    for m in range(M):
+                        at = b.add(starts[m], b.mul(k, _size(4)))
+                        value = b.load(b.inttoptr(at, _F32.as_pointer()), align=4)
+                        one = b.insert_element(ir.Constant(_VF, ir.Undefined), value, ir.Constant(_I32, 0))
+                        spread = b.shuffle_vector(one, ir.Constant(_VF, ir.Undefined), ir.Constant(_VI, [0] * LANES))
+                        for v in range(VECTORS):
+                            b.store(b.call(fma, [halves[half][v], spread, b.load(sums[m][v])]), sums[m][v])
+        for m in range(M):
+            for v in range(VECTORS):
+                address = b.add(b.add(y, b.mul(out, _size(m))), _size(v * LANES * 4))
+                b.store(b.load(sums[m][v]), b.inttoptr(address, _VF.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+def _panel4(weights: Array, scales: Array, p: int, x: Array, y: Array) -> None:
+    rows, groups = x.shape[0], x.shape[1] // GROUP
+    w = weights.ctypes.data + p * weights.strides[0]
+    factors = scales.ctypes.data + p * scales.strides[0]
+    data, stride = x.ctypes.data, x.strides[0]
+    target, out = y.ctypes.data + 4 * WIDTH * p, y.strides[0]
+    m = 0
+    while m + 4 <= rows:
+        _block4(4, w, factors, data + m * stride, stride, target + m * out, out, groups)
+        m += 4
+    while m < rows:
+        _block4(1, w, factors, data + m * stride, stride, target + m * out, out, groups)
+        m += 1
+
+
+@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+def matmul4(weights: Array, scales: Array, x: Array, y: Array) -> None:
+    """As `matmul`, with weights and scales from `pack4`."""
+    for p in range(weights.shape[0]):
+        _panel4(weights, scales, p, x, y)
+
+
+@njit(boundscheck=False, error_model="numpy", nogil=True, parallel=True, cache=True)
+def matmul4_parallel(weights: Array, scales: Array, x: Array, y: Array) -> None:
+    """As `matmul4`, on the threads of Numba."""
+    for p in prange(weights.shape[0]):
+        _panel4(weights, scales, p, x, y)
+
+
+def pack4(weights: Array) -> tuple[Array, Array]:
+    """
+    float32 [outputs, inputs], inputs a multiple of GROUP → panels of two weights a byte, and their scales.
+
+    Each group is scaled so that its largest weight becomes -8, rounded to the nearest.
+    """
+    panels = pack(weights).reshape(-1, weights.shape[1] // GROUP, GROUP, WIDTH)
+    largest = np.take_along_axis(panels, np.abs(panels).argmax(2)[:, :, None], 2)
+    scales = np.where(largest == 0, 1, largest / -8).astype(np.float32)
+    integers = (np.clip(np.rint(panels / scales), -8, 7) + 8).astype(np.uint8)
+    low, high = integers[:, :, : GROUP // 2], integers[:, :, GROUP // 2 :]
+    packed = low | (high << 4)
+    return packed.reshape(len(panels), -1), np.ascontiguousarray(scales.reshape(len(panels), -1))
