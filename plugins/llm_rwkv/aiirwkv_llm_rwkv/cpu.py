@@ -58,12 +58,13 @@ class Pass:
                 self.adapters.append((slice(self.starts[group[0]], self.starts[group[-1] + 1]), adapter))
         self._room = runtime.room
 
-    def array(self, name: str, width: int) -> Array:
-        """Room [rows, width] that stays between passes: fresh memory costs a page fault every 4 KiB."""
+    def array(self, name: str, width: int, more: int = 0) -> Array:
+        """Room [rows + more, width] that stays between passes: fresh memory costs a page fault every 4 KiB."""
+        rows = self.rows + more
         room = self._room.get(name)
-        if room is None or len(room) < self.rows * width:
-            room = self._room[name] = np.empty(self.rows * width, np.float32)
-        return room[: self.rows * width].reshape(self.rows, width)
+        if room is None or len(room) < rows * width:
+            room = self._room[name] = np.zeros(rows * width, np.float32)
+        return room[: rows * width].reshape(rows, width)
 
 
 class Layer:
@@ -156,7 +157,7 @@ class Layer7(Layer):
         low = self.linear(p, name + "1", x, "low")
         if activation:
             activation(low)
-        return self.linear(p, name + "2", low, name)
+        return self.linear(p, name + "2", low, name + "2")
 
     def time_mix(self, p: Pass, h: Array, s: Array) -> Array:
         D, N = self.width, self.head
@@ -173,7 +174,7 @@ class Layer7(Layer):
             first[:] = v
         else:
             k.blend(v, first, self._through(p, "v", x_v), self.v0)
-        removal, added, y = p.array("h", D), p.array("added", D), p.array("s", D)
+        removal, added, y = p.array("h", D, 1), p.array("added", D), p.array("s", D)
         k.keys7(key, a, self.k_k, self.k_a, N, removal, added)
         run = k.wkv7_parallel if self._wide else k.wkv7
         run(w, key, v, removal, added, r, p.starts, p.slots, p.states, self.wkv_at(p), N, y)
