@@ -1,11 +1,11 @@
-"""A random RWKV-7 of the true layout, the built-in one, and the `rwkv` package beside them as the reference."""
+"""Random models of the true layout, the built-in one, and the `rwkv` package beside them as the reference."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,54 +14,25 @@ from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.random_checkpoint import tensors
+
 from .questions import READING
 
 NANO = BUILT_IN / "rwkv7-nano"
+LOW = {"rwkv7": {"w": 32, "a": 24, "v": 16, "g": 48}, "rwkv6": {"maa": 24, "decay": 40}}
 
 
-def random_tensors(layers: int = 3, width: int = 128, vocabulary: int = 1024, seed: int = 0) -> dict[str, Tensor]:
+def random_tensors(
+    layers: int = 3, width: int = 128, vocabulary: int = 1024, seed: int = 0, version: str = "rwkv7"
+) -> dict[str, Tensor]:
     """Random weights with the names and shapes of official files; all ranks differ, so that none can be mixed up."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * std
-
-    heads, ranks = width // 64, {"w": 32, "a": 24, "v": 16, "g": 48}
-    tensors = {
-        "emb.weight": normal(vocabulary, width, std=0.02),
-        "blocks.0.ln0.weight": 1 + normal(width, std=0.05),
-        "blocks.0.ln0.bias": normal(width, std=0.05),
-        "ln_out.weight": 1 + normal(width, std=0.05),
-        "ln_out.bias": normal(width, std=0.05),
-        "head.weight": normal(vocabulary, width, std=1 / math.sqrt(width)),
-    }
-    for layer in range(layers):
-        att, ffn = f"blocks.{layer}.att.", f"blocks.{layer}.ffn."
-        for norm in (f"blocks.{layer}.ln1", f"blocks.{layer}.ln2", f"{att}ln_x"):
-            tensors[f"{norm}.weight"] = 1 + normal(width, std=0.05)
-            tensors[f"{norm}.bias"] = normal(width, std=0.05)
-        for name in "rwkvag":
-            tensors[f"{att}x_{name}"] = torch.rand(1, 1, width, generator=generator)
-        decay = -5.5 + 5 * (torch.arange(width) / (width - 1)) ** 1.2
-        for name, bias in (("w", decay), ("a", 0.0), ("v", 0.7)):
-            tensors[f"{att}{name}0"] = bias + normal(1, 1, width, std=0.3)
-        for name, rank in ranks.items():
-            tensors[f"{att}{name}1"] = normal(width, rank, std=1 / math.sqrt(width))
-            tensors[f"{att}{name}2"] = normal(rank, width, std=1 / math.sqrt(rank))
-        tensors[f"{att}k_k"] = 0.85 + normal(1, 1, width, std=0.05)
-        tensors[f"{att}k_a"] = 1 + normal(1, 1, width, std=0.05)
-        tensors[f"{att}r_k"] = normal(heads, 64, std=0.1)
-        for name in ("receptance", "key", "value", "output"):
-            tensors[f"{att}{name}.weight"] = normal(width, width, std=0.7 / math.sqrt(width))
-        tensors[f"{ffn}x_k"] = torch.rand(1, 1, width, generator=generator)
-        tensors[f"{ffn}key.weight"] = normal(4 * width, width, std=0.7 / math.sqrt(width))
-        tensors[f"{ffn}value.weight"] = normal(width, 4 * width, std=0.25 / math.sqrt(width))
-    return tensors
+    low = LOW.get(version)
+    return tensors(version, layers, width, vocabulary=vocabulary, low=low, dtype=torch.float32, seed=seed)
 
 
 REFERENCE = """
 import os, sys
-os.environ["RWKV_V7_ON"] = "1"  # the package chooses the version of RWKV when it is imported
+os.environ["RWKV_V7_ON"] = sys.argv[3]  # the package chooses the version of RWKV when it is imported
 import torch
 torch.set_num_threads(1)
 from rwkv.model import RWKV
@@ -79,32 +50,37 @@ torch.save(result, sys.argv[2] + ".result")
 """
 
 
+def ask_package(
+    folder: Path, version: str, weights: dict[str, Tensor], tokens: list[int], states: list[list[Tensor] | None]
+) -> list[dict[str, Any]]:
+    """What the `rwkv` package makes of the tokens from each state: logits, new state, and the text it goes on with."""
+    torch.save(weights, folder / "model.pth")
+    torch.save({"tokens": tokens, "states": states, "write": 48}, folder / "case")
+    arguments = [str(folder / "model"), str(folder / "case"), "1" if version == "rwkv7" else "0"]
+    done = subprocess.run([sys.executable, "-c", REFERENCE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results: list[dict[str, Any]] = torch.load(folder / "case.result", weights_only=True)
+    return results
+
+
 class Reference:
     """What the `rwkv` package says to 512 tokens: from no state, and from one that is not zero."""
 
-    def __init__(self, folder: Path, weights: Path, tokens: list[int]) -> None:
-        self.weights, self.tokens = weights, tokens
-        tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
-        width = tensors["emb.weight"].shape[1]
-        layers = sum(name.endswith("att.r_k") for name in tensors)
+    def __init__(self, folder: Path, version: str, weights: Path, tokens: list[int]) -> None:
+        self.version, self.weights, self.tokens = version, weights, tokens
+        content = {name: tensor.float() for name, tensor in load_file(weights).items()}
+        width = content["emb.weight"].shape[1]
+        layers = sum(name.endswith("ln1.weight") for name in content)
         generator = torch.Generator().manual_seed(2)
-        self.states: list[list[Tensor] | None] = [None, []]
+        state: list[Tensor] = []
         for _ in range(layers):
-            assert self.states[1] is not None
-            self.states[1] += [
+            state += [
                 torch.randn(width, generator=generator),
                 torch.randn(width // 64, 64, 64, generator=generator) * 0.3,
                 torch.randn(width, generator=generator),
             ]
-        torch.save(tensors, folder / "model.pth")
-        torch.save({"tokens": self.tokens, "states": self.states, "write": 48}, folder / "case")
-        done = subprocess.run(
-            [sys.executable, "-c", REFERENCE, str(folder / "model"), str(folder / "case")],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        self.results = torch.load(folder / "case.result", weights_only=True)
+        self.states: list[list[Tensor] | None] = [None, state]
+        self.results = ask_package(folder, version, content, tokens, self.states)
 
 
 @pytest.fixture(scope="session")
@@ -114,12 +90,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=["tiny", "nano"])
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Reference:
+@pytest.fixture(scope="session")
+def tiny6(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny6") / "model.safetensors"
+    save_file(random_tensors(version="rwkv6"), path)
+    return path
+
+
+@pytest.fixture(scope="session", params=["tiny", "tiny6", "nano"])
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("reference")
-    if request.param == "tiny":
-        generator = torch.Generator().manual_seed(1)
-        return Reference(folder, tiny, torch.randint(1, 1024, (512,), generator=generator).tolist())
-    text = "\n\n".join(f"User: {passage}\nQuestion: {asked[0][0]}" for passage, asked in READING)
-    tokens = Tokenizer.load(NANO / "vocab.txt").encode(text)
-    return Reference(folder, NANO / "model.safetensors", tokens[:512])
+    if request.param == "nano":
+        text = "\n\n".join(f"User: {passage}\nQuestion: {asked[0][0]}" for passage, asked in READING)
+        tokens = Tokenizer.load(NANO / "vocab.txt").encode(text)
+        return Reference(folder, "rwkv7", NANO / "model.safetensors", tokens[:512])
+    tokens = torch.randint(1, 1024, (512,), generator=torch.Generator().manual_seed(1)).tolist()
+    version = "rwkv6" if request.param == "tiny6" else "rwkv7"
+    return Reference(folder, version, request.getfixturevalue(request.param), tokens)

@@ -1,4 +1,4 @@
-"""RWKV-7 is exact: against the `rwkv` package, against itself in other cuts, and in its gradients."""
+"""RWKV-7 and RWKV-6 are exact: against the `rwkv` package, against itself in other cuts, and in its gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from aiirwkv import PluginError
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.kernels.plain import wkv7, wkv7_step
-from aiirwkv_llm_rwkv.model import RWKV, LayerState, State
+from aiirwkv_llm_rwkv.checkpoint import UNUSED, load
+from aiirwkv_llm_rwkv.model import RWKV, LayerState, State, architecture
+from aiirwkv_llm_rwkv.rwkv6 import Sizes6
 from aiirwkv_llm_rwkv.rwkv7 import Sizes7
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .conftest import NANO, Reference, random_tensors
+from .conftest import NANO, Reference, ask_package, random_tensors
 from .questions import READING
 
 CPU = torch.device("cpu")
@@ -74,9 +74,10 @@ def test_however_it_is_cut(reference: Reference) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, unchanged, strict=True)), "a state is a value"
 
 
+@pytest.mark.parametrize("version", ["tiny", "tiny6"])
 @torch.inference_mode()
-def test_rows_of_a_batch_do_not_mix(tiny: Path) -> None:
-    model = model_at(tiny)
+def test_rows_of_a_batch_do_not_mix(version: str, request: pytest.FixtureRequest) -> None:
+    model = model_at(request.getfixturevalue(version))
     tokens = torch.randint(1, 1024, (3, 50), generator=torch.Generator().manual_seed(3))
     together, _ = model(tokens)
     alone = torch.cat([model(row.unsqueeze(0))[0] for row in tokens])
@@ -102,7 +103,8 @@ def test_a_tuned_state_in_the_checkpoint_is_the_initial_state(reference: Referen
     plain = model_at(reference.weights)
     state = ours(reference.states[1])
     assert state is not None
-    tuned = {f"blocks.{i}.att.time_state": layer.wkv[0].clone() for i, layer in enumerate(state)}
+    turned = (layer.wkv[0] if reference.version == "rwkv7" else layer.wkv[0].mT for layer in state)
+    tuned = {f"blocks.{i}.att.time_state": wkv.contiguous() for i, wkv in enumerate(turned)}
     save_file({**plain.state_dict(), **tuned}, tmp_path / "tuned.safetensors")
     tokens = torch.tensor([reference.tokens[:64]])
     zeros = plain.initial_state()
@@ -122,41 +124,54 @@ def test_a_state_in_its_flat_form(reference: Reference) -> None:
     for layer, other in zip(state, model.layout.state(flat), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(layer, other, strict=True))
     _, _, wkv = model.layout.parts(flat)
-    assert torch.equal(wkv[0, 1], state[1].wkv[0].mT), "key × value"
+    official = state[1].wkv[0]
+    assert torch.equal(wkv[0, 1], official.mT if reference.version == "rwkv7" else official), "key × value"
 
 
-@pytest.mark.parametrize("chunk", [8, 16, 32])
-def test_gradients_of_the_chunks_are_those_of_the_steps(chunk: int) -> None:
-    generator = torch.Generator().manual_seed(chunk)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    B, T, H, N = 2, 53, 2, 16
-    kappa = torch.nn.functional.normalize(normal(B, T, H, N), dim=-1)
-    log_w = -0.606531 * torch.sigmoid(3 * normal(B, T, H, N))
-    removal = kappa * torch.sigmoid(normal(B, T, H, N))
-    leaves = [normal(B, T, H, N), log_w, 0.3 * normal(B, T, H, N), normal(B, T, H, N), -kappa, removal]
-    leaves = [leaf.requires_grad_() for leaf in (*leaves, normal(B, H, N, N))]
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-
-    state, steps = exact[6], []
-    for t in range(T):
-        y, state = wkv7_step(*(leaf[:, t] for leaf in exact[:6]), state)  # type: ignore[call-arg]
-        steps.append(y)
-    expected = torch.stack(steps, 1)
-    got, end = wkv7(*leaves, chunk=chunk)  # type: ignore[arg-type, misc]
-    assert furthest(got, expected) <= 1e-4 and furthest(end, state) <= 1e-4
-
-    weight, end_weight = normal(B, T, H, N), normal(B, H, N, N)
-    mine = torch.autograd.grad((got * weight).sum() + (end * end_weight).sum(), leaves)
-    theirs = torch.autograd.grad((expected * weight).sum() + (state * end_weight).sum(), exact)
-    for a, b in zip(mine, theirs, strict=True):
-        assert furthest(a, b) <= 1e-4 * max(1.0, float(b.abs().max()))
+@torch.inference_mode()
+def test_the_package_too_begins_with_the_tuned_state_of_an_rwkv6(tmp_path: Path) -> None:
+    tensors = random_tensors(version="rwkv6")
+    generator = torch.Generator().manual_seed(4)
+    for i in range(3):
+        tensors[f"blocks.{i}.att.time_state"] = torch.randn(2, 64, 64, generator=generator)
+    tokens = torch.randint(1, 1024, (40,), generator=generator).tolist()
+    [expected] = ask_package(tmp_path, "rwkv6", tensors, tokens, [None])
+    save_file(tensors, tmp_path / "m.safetensors")
+    model = model_at(tmp_path / "m.safetensors")
+    assert furthest(model(torch.tensor([tokens]))[0][0], expected["logits"]) <= 1e-4
+    without = model.state_of([None] * 3)
+    assert furthest(model(torch.tensor([tokens]), without)[0][0], expected["logits"]) > 0.1
 
 
-def test_a_time_state_can_learn(tiny: Path) -> None:
-    model = model_at(tiny)
+@pytest.mark.parametrize("version", ["rwkv7", "rwkv6"])
+def test_every_parameter_can_learn(version: str) -> None:
+    """In chunks as in single steps: the same loss, the same gradients."""
+    tensors = {name: tensor.double() for name, tensor in random_tensors(2, version=version).items()}
+    kind, sizes = architecture({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    model = kind(sizes).double()
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in UNUSED})
+    model.add_time_state()
+    tokens = torch.randint(1, 1024, (2, 40), generator=torch.Generator().manual_seed(5))
+
+    def gradients(pieces: int) -> tuple[Tensor, dict[str, Tensor]]:
+        state, logits = None, []
+        for piece in torch.split(tokens[:, :-1], pieces, 1):
+            part, state = model(piece, state)
+            logits.append(part)
+        loss = torch.nn.functional.cross_entropy(torch.cat(logits, 1).flatten(0, 1), tokens[:, 1:].flatten())
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+    whole, steps = gradients(39), gradients(1)
+    assert furthest(whole[0], steps[0]) <= 1e-5
+    for name, gradient in whole[1].items():
+        assert float(gradient.abs().max()) > 0, name
+        assert furthest(gradient, steps[1][name]) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("version", ["tiny", "tiny6"])
+def test_a_time_state_can_learn(version: str, request: pytest.FixtureRequest) -> None:
+    model = model_at(request.getfixturevalue(version))
     states = model.add_time_state()
     optimiser = torch.optim.Adam(states, lr=0.3)
     tokens = torch.randint(1, 1024, (1, 24), generator=torch.Generator().manual_seed(5))
@@ -172,12 +187,10 @@ def test_a_time_state_can_learn(tiny: Path) -> None:
     assert model.head.weight.grad is None
 
 
-def test_every_size_is_read(tiny: Path) -> None:
-    sizes = model_at(tiny).sizes
-    expected = Sizes7(
-        vocabulary=1024, layers=3, width=128, heads=2, hidden=512, rank_w=32, rank_a=24, rank_v=16, rank_g=48
-    )
-    assert sizes == expected
+def test_every_size_is_read(tiny: Path, tiny6: Path) -> None:
+    same = {"vocabulary": 1024, "layers": 3, "width": 128, "heads": 2}
+    assert model_at(tiny).sizes == Sizes7(**same, hidden=512, rank_w=32, rank_a=24, rank_v=16, rank_g=48)
+    assert model_at(tiny6).sizes == Sizes6(**same, hidden=448, rank_maa=24, rank_decay=40)
 
 
 def test_values_of_layer_0_that_official_files_hold_are_ignored(tmp_path: Path, tiny: Path) -> None:
@@ -200,7 +213,7 @@ def test_values_of_layer_0_that_official_files_hold_are_ignored(tmp_path: Path, 
         ),
         ({"blocks.1.att.extra": torch.zeros(1)}, "the tensor blocks.1.att.extra does not belong to an rwkv7"),
         ({"blocks.0.att.r_k": None}, "it holds no RWKV"),
-        ({"blocks.0.att.r_k": None, "blocks.0.att.time_maa_x": torch.zeros(1)}, "it holds an rwkv6"),
+        ({"blocks.0.att.r_k": None, "blocks.0.att.time_decay": torch.zeros(1)}, "it holds an rwkv5"),
         ({"emb.weight": torch.zeros(4)}, "a tensor has a wrong number of dimensions"),
     ],
 )

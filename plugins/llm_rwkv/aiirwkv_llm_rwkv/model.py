@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self, cast
 
@@ -36,6 +37,10 @@ class Sizes:
     heads: int
     hidden: int
 
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ValueError(f"its sizes are impossible: {self}")
+
     @property
     def head(self) -> int:
         return self.width // self.heads
@@ -44,6 +49,21 @@ class Sizes:
     def read(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
         """From names and shapes of a checkpoint. Raises ValueError when they are not those of this version."""
         raise NotImplementedError
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Says which tensor is missing or has a wrong shape, while sizes are read."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"the tensor {error.args[0]} is missing") from None
+    except (TypeError, IndexError):
+        raise ValueError("a tensor has a wrong number of dimensions") from None
+
+
+def count_layers(names: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
 class Layout:
@@ -232,9 +252,12 @@ def version(shapes: Mapping[str, Sequence[int]]) -> str:
 
 def architecture(shapes: Mapping[str, Sequence[int]]) -> tuple[type[RWKV], Sizes]:
     """The class of module for a checkpoint, and its sizes. Raises ValueError when there is none."""
+    from .rwkv6 import RWKV6, Sizes6
     from .rwkv7 import RWKV7, Sizes7
 
     found = version(shapes)
+    if found == "rwkv6":
+        return RWKV6, Sizes6.read(shapes)
     if found == "rwkv7":
         return RWKV7, Sizes7.read(shapes)
     raise ValueError(f"it holds an {found}, which this worker serves only through the `rwkv` package")

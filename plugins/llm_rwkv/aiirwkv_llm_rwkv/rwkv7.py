@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.plain import wkv7
-from .model import RWKV, Block, Linear, Sizes, TimeMix, parameter, shift
+from .model import RWKV, Block, Linear, Sizes, TimeMix, count_layers, parameter, reading, shift
 
 __all__ = ["RWKV7", "Sizes7"]
 
@@ -32,14 +32,12 @@ class Sizes7(Sizes):
 
     @classmethod
     def read(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
-        """From names and shapes of a checkpoint. Raises ValueError when they are not those of RWKV-7."""
-        layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-        try:
-            vocabulary, width = shapes["emb.weight"]
+        with reading():
+            layers = count_layers(shapes)
             return cls(
-                vocabulary=vocabulary,
+                vocabulary=shapes["emb.weight"][0],
                 layers=layers,
-                width=width,
+                width=shapes["emb.weight"][1],
                 heads=shapes["blocks.0.att.r_k"][0],
                 hidden=shapes["blocks.0.ffn.key.weight"][0],
                 rank_w=shapes["blocks.0.att.w1"][1],
@@ -47,10 +45,6 @@ class Sizes7(Sizes):
                 rank_v=shapes["blocks.1.att.v1"][1] if layers > 1 else 0,
                 rank_g=shapes["blocks.0.att.g1"][1],
             )
-        except KeyError as error:
-            raise ValueError(f"the tensor {error.args[0]} is missing") from None
-        except (ValueError, IndexError):
-            raise ValueError("a tensor has a wrong number of dimensions") from None
 
 
 class TimeMix7(TimeMix):
