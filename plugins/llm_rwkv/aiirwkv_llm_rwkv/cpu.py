@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,13 @@ from torch import Tensor
 
 from .kernels import compiled as k
 from .kernels.matmul import WIDTH
-from .linear import Matrix, Plan, Precision, make_plan
+from .linear import NEVER, Arena, Matrix, Plan, Precision, make_plan
 from .model import RWKV, Block
 from .runtime import Adapter, Piece, check, scarce
 
 __all__ = ["CpuRuntime", "suits"]
 
 Array = npt.NDArray[Any]
-Layers = list["Layer"]
-L = TypeVar("L", bound="Layer")
 
 
 def suits(model: RWKV) -> str:
@@ -70,18 +68,18 @@ class Pass:
 class Layer:
     """One layer. `number` is where it stands, `prefix` its name in the checkpoint."""
 
-    def __init__(self, block: Block, number: int, plan: Plan) -> None:
+    def __init__(self, block: Block, number: int, plan: Plan, arena: Arena) -> None:
         self.number, self.prefix = number, f"blocks.{number}."
         self.ln1, self.ln2 = _norm(block.ln1), _norm(block.ln2)
         self.ln_x = _norm(block.att.ln_x)
         self.width = self.ln1[0].size
         self.head: int = block.att.head
         self._matrices: dict[str, Matrix] = {}
-        self._plan = plan
+        self._plan, self._arena = plan, arena
         self._wide = plan.threads > 1
 
     def matrix(self, name: str, weights: Tensor, inputs: int = 0) -> None:
-        self._matrices[name] = Matrix(weights, self._plan, inputs)
+        self._matrices[name] = Matrix(weights, self._plan, inputs, self._arena)
 
     def linear(self, p: Pass, name: str, x: Array, room: str) -> Array:
         """A product with one of the layer's matrices, with what adapters add to it."""
@@ -108,11 +106,13 @@ class Layer:
     def squared(self, p: Pass, name: str, x: Array, key: Array) -> Array:
         """The channel mix's product with relu(key)², which for one row reads only the weights that it needs."""
         k.relu_squared(key)
+        matrix = self._matrices[name]
         if p.rows > 1 or p.adapters:
             return self.linear(p, name, key, "y")
         chosen, values = np.empty(key.size, np.int64), np.empty(key.size, np.float32)
         count = k.nonzero(key[0], chosen, values)
-        matrix = self._matrices[name]
+        if not matrix.pays(count):
+            return self.linear(p, name, key, "y")
         return matrix.sparse(values[:count], chosen[:count], p.array("y", matrix.width))
 
     def time_mix(self, p: Pass, h: Array, s: Array) -> Array:
@@ -134,8 +134,8 @@ class Layer:
 class Layer7(Layer):
     """RWKV-7."""
 
-    def __init__(self, block: Block, number: int, plan: Plan) -> None:
-        super().__init__(block, number, plan)
+    def __init__(self, block: Block, number: int, plan: Plan, arena: Arena) -> None:
+        super().__init__(block, number, plan, arena)
         att, ffn = block.att, block.ffn
         self.mixes = _rows(att.x_r, att.x_w, att.x_k, att.x_v, att.x_a, att.x_g)
         self.w0, self.a0, self.k_k, self.k_a, self.r_k = _rows(att.w0, att.a0, att.k_k, att.k_a, att.r_k)
@@ -189,8 +189,8 @@ class Layer7(Layer):
 class Layer6(Layer):
     """RWKV-6."""
 
-    def __init__(self, block: Block, number: int, plan: Plan) -> None:
-        super().__init__(block, number, plan)
+    def __init__(self, block: Block, number: int, plan: Plan, arena: Arena) -> None:
+        super().__init__(block, number, plan, arena)
         att, ffn = block.att, block.ffn
         self.mix = _rows(att.time_maa_x)
         self.mixes = _rows(att.time_maa_w, att.time_maa_k, att.time_maa_v, att.time_maa_r, att.time_maa_g)
@@ -245,7 +245,7 @@ class Layer6(Layer):
         return y
 
 
-LAYERS: dict[str, Callable[[Block, int, Plan], Layer]] = {"rwkv7": Layer7, "rwkv6": Layer6}
+LAYERS: dict[str, Callable[[Block, int, Plan, Arena], Layer]] = {"rwkv7": Layer7, "rwkv6": Layer6}
 
 
 class CpuRuntime:
@@ -268,9 +268,10 @@ class CpuRuntime:
             self._initial = self.layout.flat(model.initial_state())[0]
             self._table = _table(model.emb.weight)
             self._ln0, self._ln_out = _norm(model.layers[0].ln0), _norm(model.ln_out)
-            self._layers = [LAYERS[model.version](block, i, plan) for i, block in enumerate(model.layers)]
+            arena = Arena()
+            self._layers = [LAYERS[model.version](block, i, plan, arena) for i, block in enumerate(model.layers)]
             # torch does not pay for the few rows that need logits, and would need a copy
-            self._head = Matrix(model.head.weight, Plan(precision, threads, 1 << 30, ""))
+            self._head = Matrix(model.head.weight, Plan(precision, threads, NEVER, ""), arena=arena)
         self.room: dict[str, Array] = {}
         self.states = np.zeros((0, self.layout.size), np.float32)
         self.grow(slots)
@@ -290,6 +291,9 @@ class CpuRuntime:
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         check(pieces, self.vocabulary)
+        torch.set_flush_denormal(
+            True
+        )  # of this thread; a state that fades would make everything a hundred times slower
         order = sorted(range(len(pieces)), key=lambda i: id(pieces[i].adapter))
         with torch.inference_mode(), scarce(f"a batch of {sum(len(piece.tokens) for piece in pieces)} tokens"):
             p = Pass(self, [pieces[i] for i in order])

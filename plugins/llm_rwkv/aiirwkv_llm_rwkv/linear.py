@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kernels.matmul import GROUP, WIDTH, matmul, matmul4, matmul4_parallel, matmul_parallel, pack, pack4, scale
 
-__all__ = ["PRECISIONS", "Matrix", "Plan", "Precision", "make_plan"]
+__all__ = ["NEVER", "PRECISIONS", "Arena", "Matrix", "Plan", "Precision", "make_plan"]
 
 Array = npt.NDArray[Any]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
@@ -29,17 +29,38 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8", "int4")
 NEVER = 1 << 30
 SMALL = 1 << 18
 """Weights below which a product is not worth sharing out among threads."""
+SPARSE = 0.4
 NONE = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How matrices of a precision are multiplied: from `many` rows on by torch, in bfloat16, otherwise by our kernel."""
+    """How to multiply in a precision: from `many` rows on by torch, in bfloat16, otherwise by our kernel."""
 
     precision: Precision
     threads: int
     many: int
     reason: str
+
+
+class Arena:
+    """Room for weights in few large blocks, which the system can back with huge pages: a sixth faster to read."""
+
+    BLOCK = 1 << 26
+
+    def __init__(self) -> None:
+        self._room = np.empty(0, np.uint8)
+
+    def place(self, array: Array) -> Array:
+        """A copy of the array, aligned to a line of the cache."""
+        start = -self._room.ctypes.data % 64
+        if start + array.nbytes > self._room.size:
+            self._room = np.empty(max(self.BLOCK, array.nbytes + 64), np.uint8)
+            start = -self._room.ctypes.data % 64
+        copy = self._room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        self._room = self._room[start + array.nbytes :]
+        copy[:] = array
+        return copy
 
 
 class Matrix:
@@ -49,7 +70,7 @@ class Matrix:
     `width`: outputs filled up to whole panels; a product has so many columns, the last of them zero.
     """
 
-    def __init__(self, weights: Tensor, plan: Plan, inputs: int = 0) -> None:
+    def __init__(self, weights: Tensor, plan: Plan, inputs: int = 0, arena: Arena | None = None) -> None:
         """`inputs`: so many columns the rows will have, if more than the weights have."""
         weights = weights.detach()
         if missing := inputs - weights.shape[1]:
@@ -60,7 +81,8 @@ class Matrix:
         self._parallel = plan.threads > 1 and weights.numel() >= SMALL
         self._scale: Array | None = None
         self._packed: Any = None
-        self._panels, self._groups = self._stored(weights)
+        panels, self._groups = self._stored(weights)
+        self._panels = arena.place(panels) if arena else panels
         if plan.precision == "bfloat16" and plan.many < NEVER:
             rows = torch.nn.functional.pad(weights.to(torch.bfloat16), (0, 0, 0, self.width - self.outputs))
             self._packed = _reordered(rows.contiguous())
@@ -95,6 +117,10 @@ class Matrix:
             if self._scale is not None:
                 scale(y, self._scale)
         return y
+
+    def pays(self, count: int) -> bool:
+        """Whether to read only the weights of so many inputs: in pieces, memory is slower."""
+        return count < SPARSE * self.inputs
 
     def sparse(self, values: Array, chosen: Array, y: Array) -> Array:
         """As a call for one row that has these values at the inputs `chosen`, and zeros elsewhere. Exact."""
@@ -159,7 +185,9 @@ def make_plan(precision: Precision, threads: int, outputs: int, inputs: int) -> 
                 break
             many, told = rows, told or f"{mine / other:.1f} × as fast at {rows} rows"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return Plan(precision, threads, NEVER, f"our kernel: torch cannot do it here ({str(error).partition(chr(10))[0]})")
+        return Plan(
+            precision, threads, NEVER, f"our kernel: torch cannot do it here ({str(error).partition(chr(10))[0]})"
+        )
     if many == NEVER:
         return Plan(precision, threads, many, "our kernel: torch in bfloat16 is not faster on this processor")
     return Plan(precision, threads, many, f"torch in bfloat16 from {many} rows on ({told}), our kernel below")

@@ -215,7 +215,9 @@ def _value(typingctx: Any, table: Any, row: Any, column: Any) -> Any:
         address = cgutils.get_item_pointer(context, builder, table, array, arguments[1:], wraparound=False)
         value = builder.load(address)
         if table.dtype == types.uint16:
-            value = builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), _F32)
+            value = builder.bitcast(
+                builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), _F32
+            )
         return value
 
     return types.float32(table, types.intp, types.intp), generate

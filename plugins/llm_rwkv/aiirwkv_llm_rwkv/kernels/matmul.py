@@ -11,6 +11,7 @@ High-Performance Matrix Multiplication", 2008.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import llvmlite.binding
@@ -30,7 +31,8 @@ _WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 VECTORS = 4 if _WIDE else 1
 """Vectors of a panel: with 6 rows they fill the registers, 32 of AVX-512, 16 of AVX2."""
 WIDTH = VECTORS * LANES
-ROWS = 6
+AHEAD = 4096
+"""Bytes that are fetched before they are used: processors do not look beyond a page of their own accord."""
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VF, _VI = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -43,9 +45,7 @@ def _size(integer: int) -> ir.Constant:
 def _widen(builder: Any, kind: Any, address: Any) -> Any:
     """LANES weights at an address, as float32."""
     bits = kind.dtype.bitwidth
-    raw = builder.load(
-        builder.inttoptr(address, ir.VectorType(ir.IntType(bits), LANES).as_pointer()), align=1
-    )
+    raw = builder.load(builder.inttoptr(address, ir.VectorType(ir.IntType(bits), LANES).as_pointer()), align=1)
     if bits == 32:
         return builder.bitcast(raw, _VF)
     if bits == 16:  # bfloat16: the upper half of a float32
@@ -59,8 +59,8 @@ def _block(typingctx: Any, weights: Any, rows: Any, sparse: Any, w: Any, x: Any,
     """
     y[m, :WIDTH] = Σₖ x[m, k] · w[k, :WIDTH] for `rows` rows m; addresses and strides in bytes.
 
-    With `sparse`, k runs over `chosen` (int64) instead of 0 … count-1, and x holds the values of these only. `ahead` is
-    an address that the next block will read.
+    With `sparse`, k runs over `chosen` (int64) instead of 0 … count-1, and x holds the values of these only. At
+    `ahead` lies what will be read next, for every k one line.
     """
     M = rows.literal_value
     gather = sparse.literal_value
@@ -70,19 +70,18 @@ def _block(typingctx: Any, weights: Any, rows: Any, sparse: Any, w: Any, x: Any,
         _, _, _, w, x, stride, y, out, count, chosen, ahead = arguments
         item = weights.dtype.bitwidth // 8
         line = WIDTH * item
-        sums = [[cgutils.alloca_once_value(b, ir.Constant(_VF, [0.0] * LANES)) for _ in range(VECTORS)] for _ in range(M)]
+        sums = [
+            [cgutils.alloca_once_value(b, ir.Constant(_VF, [0.0] * LANES)) for _ in range(VECTORS)] for _ in range(M)
+        ]
         fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VF, [_VF] * 3), f"llvm.fma.v{LANES}f32")
         prefetch = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0"
         )
         starts = [b.add(x, b.mul(stride, _size(m))) for m in range(M)]
         with cgutils.for_range_slice(b, _size(0), count, _size(1), _I64) as (i, _):
-            if gather:
-                k = b.load(b.inttoptr(b.add(chosen, b.mul(i, _size(8))), _I64.as_pointer()))
-            else:
-                k = i
+            k = b.load(b.inttoptr(b.add(chosen, b.mul(i, _size(8))), _I64.as_pointer())) if gather else i
             here = b.mul(k, _size(line))
-            if M == ROWS:
+            if not gather:
                 for at in range(0, line, 64):
                     address = b.inttoptr(b.add(b.add(ahead, here), _size(at)), _I8.as_pointer())
                     b.call(prefetch, [address, ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)])
@@ -117,13 +116,13 @@ def _panel(weights: Array, p: int, x: Array, y: Array, chosen: Array, sparse: bo
         _block(weights, 6, 0, w, data + m * stride, stride, target + m * out, out, count, 0, ahead)
         m += 6
     if m + 4 <= rows:
-        _block(weights, 4, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w)
+        _block(weights, 4, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w + AHEAD)
         m += 4
     if m + 2 <= rows:
-        _block(weights, 2, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w)
+        _block(weights, 2, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w + AHEAD)
         m += 2
     if m < rows:
-        _block(weights, 1, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w)
+        _block(weights, 1, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w + AHEAD)
 
 
 @njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
@@ -174,24 +173,24 @@ def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any,
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         _, w, scales, x, stride, y, out, groups = arguments
         zero = ir.Constant(_VF, [0.0] * LANES)
-        sums = [[cgutils.alloca_once_value(b, zero) for _ in range(VECTORS)] for _ in range(M)]
+
+        def variables() -> list[list[Any]]:
+            return [[cgutils.alloca_once_value(b, zero) for _ in range(VECTORS)] for _ in range(M)]
+
+        sums, parts, inputs = variables(), variables(), [cgutils.alloca_once_value(b, zero) for _ in range(M)]
         fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VF, [_VF] * 3), f"llvm.fma.v{LANES}f32")
         starts = [b.add(x, b.mul(stride, _size(m))) for m in range(M)]
         with cgutils.for_range_slice(b, _size(0), groups, _size(1), _I64) as (group, _):
-            factors = b.add(scales, b.mul(group, _size(WIDTH * 4)))
-            factor = [b.load(b.inttoptr(b.add(factors, _size(v * LANES * 4)), _VF.as_pointer()), align=4)
-                      for v in range(VECTORS)]  # fmt: skip
+            for variable in [*itertools.chain(*parts), *inputs]:
+                b.store(zero, variable)
             with cgutils.for_range_slice(b, _size(0), _size(GROUP // 2), _size(1), _I64) as (i, _):
                 line = b.add(w, b.mul(b.add(b.mul(group, _size(GROUP // 2)), i), _size(WIDTH)))
                 halves: list[list[Any]] = [[], []]
                 for v in range(VECTORS):
                     address = b.inttoptr(b.add(line, _size(v * LANES)), ir.VectorType(_I8, LANES).as_pointer())
                     both = b.zext(b.load(address, align=1), _VI)
-                    for half, integers in enumerate(
-                        (b.and_(both, ir.Constant(_VI, [15] * LANES)), b.lshr(both, ir.Constant(_VI, [4] * LANES)))
-                    ):
-                        centred = b.sitofp(b.sub(integers, ir.Constant(_VI, [8] * LANES)), _VF)
-                        halves[half].append(b.fmul(centred, factor[v]))
+                    halves[0].append(b.sitofp(b.and_(both, ir.Constant(_VI, [15] * LANES)), _VF))
+                    halves[1].append(b.sitofp(b.lshr(both, ir.Constant(_VI, [4] * LANES)), _VF))
                 for half in range(2):
                     k = b.add(b.add(b.mul(group, _size(GROUP)), i), _size(half * GROUP // 2))
                     for m in range(M):
@@ -199,8 +198,15 @@ def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any,
                         value = b.load(b.inttoptr(at, _F32.as_pointer()), align=4)
                         one = b.insert_element(ir.Constant(_VF, ir.Undefined), value, ir.Constant(_I32, 0))
                         spread = b.shuffle_vector(one, ir.Constant(_VF, ir.Undefined), ir.Constant(_VI, [0] * LANES))
+                        b.store(b.fadd(spread, b.load(inputs[m])), inputs[m])
                         for v in range(VECTORS):
-                            b.store(b.call(fma, [halves[half][v], spread, b.load(sums[m][v])]), sums[m][v])
+                            b.store(b.call(fma, [halves[half][v], spread, b.load(parts[m][v])]), parts[m][v])
+            factors = b.add(scales, b.mul(group, _size(WIDTH * 4)))
+            for v in range(VECTORS):
+                factor = b.load(b.inttoptr(b.add(factors, _size(v * LANES * 4)), _VF.as_pointer()), align=4)
+                for m in range(M):  # the weights are 8 too large
+                    part = b.call(fma, [ir.Constant(_VF, [-8.0] * LANES), b.load(inputs[m]), b.load(parts[m][v])])
+                    b.store(b.call(fma, [factor, part, b.load(sums[m][v])]), sums[m][v])
         for m in range(M):
             for v in range(VECTORS):
                 address = b.add(b.add(y, b.mul(out, _size(m))), _size(v * LANES * 4))
