@@ -23,6 +23,7 @@ from . import embedding
 from .catalogue import Catalogue
 from .chunking import check_sizes
 from .ingest import Defaults
+from .memory import Memory
 from .permissions import checked, find, readable
 from .staging import Staging
 from .vectors import VectorIndex, in_thread
@@ -37,8 +38,9 @@ MAX_BYTES = 700_000
 class Administration:
     """One method per action."""
 
-    def __init__(self, catalogue: Catalogue, index: VectorIndex, defaults: Defaults) -> None:
+    def __init__(self, catalogue: Catalogue, index: VectorIndex, memory: Memory, defaults: Defaults) -> None:
         self.catalogue, self.staging, self.index, self.defaults = catalogue, Staging(catalogue), index, defaults
+        self.memory = memory
         self._actions: dict[str, Callable[[Collections, Context], Awaitable[CollectionsReply]]] = {
             "create": self.create,
             "list": self.list,
@@ -76,6 +78,7 @@ class Administration:
             fingerprint=fingerprint,
             chunk_size=_given(request.chunk_size, self.defaults.chunk_size),
             chunk_overlap=_given(request.chunk_overlap, self.defaults.chunk_overlap),
+            read=bool(request.read),
         )
         check_sizes(collection.chunk_size, collection.chunk_overlap)
         return _reply(await in_thread(self.catalogue.create, collection))
@@ -93,22 +96,39 @@ class Administration:
         return await self._now(collection)
 
     async def describe(self, request: Collections, ctx: Context) -> CollectionsReply:
-        """Show a collection, or set its description and chunk sizes; these hold for what is indexed from now on."""
+        """
+        Show a collection, or set its description, chunk sizes and whether the model reads it.
+
+        Chunk sizes hold for what is indexed from now on; reading begins with what is there.
+        """
         if request.embedder is not None:
             raise BadRequest("the embedder of a collection is fixed; index the documents into a new collection")
+        if request.document:
+            return await self._describe_document(request, ctx)
         given = {
             field: value
             for field in ("description", "chunk_size", "chunk_overlap")
             if (value := getattr(request, field)) is not None
         }
-        collection = await self._find(request, ctx, "write" if given else "read")
+        collection = await self._find(request, ctx, "write" if given or request.read is not None else "read")
         if given:
             check_sizes(
                 _given(request.chunk_size, collection.chunk_size),
                 _given(request.chunk_overlap, collection.chunk_overlap),
             )
             await in_thread(partial(self.catalogue.change, collection.id, **given))
-        return await self._now(collection)
+        if request.read is None:
+            return await self._now(collection)
+        count, problems = await self.memory.switch(collection, request.read, ctx)
+        return msgspec.structs.replace(await self._now(collection), count=count, problems=problems)
+
+    async def _describe_document(self, request: Collections, ctx: Context) -> CollectionsReply:
+        collection = await self._find(request, ctx, "read" if request.read is None else "write")
+        document = await self._document(collection, request.document)
+        if request.read is not None:
+            document = await self.memory.heed(collection, document, request.read, ctx, partial(ctx.progress, 0, 1))
+            ctx.progress(1, 1)
+        return CollectionsReply(documents=[document], count=1)
 
     async def delete(self, request: Collections, ctx: Context) -> CollectionsReply:
         if request.document:
@@ -121,6 +141,7 @@ class Administration:
             reply = await self._now(collection)
             await in_thread(self.catalogue.drop, collection.id)
         self.index.sweep_soon()
+        self.memory.sweep_soon()
         return reply
 
     async def share(self, request: Collections, ctx: Context) -> CollectionsReply:
@@ -178,6 +199,7 @@ class Administration:
             await self.index.rewrite(collection.id, chunk, vector)
         if request.enabled is not None:
             await in_thread(self.catalogue.enable, collection.id, request.chunk, request.enabled)
+        await self.memory.changed(collection, request.chunk, ctx)
         passage = await in_thread(self.catalogue.chunk, collection.id, request.chunk)
         return CollectionsReply(chunks=[passage], count=1)
 

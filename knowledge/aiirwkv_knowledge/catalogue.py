@@ -61,6 +61,7 @@ class Catalogue(Database):
                     chunk_size=collection.chunk_size,
                     chunk_overlap=collection.chunk_overlap,
                     created=collection.created,
+                    read=collection.read,
                 )
                 # One index per collection: word statistics stay its own, and it goes with its collection.
                 db.execute(
@@ -239,7 +240,8 @@ def as_json(value: Any) -> str:
 
 
 def _collection(row: sqlite3.Row) -> Collection:
-    return Collection(**{**dict(row), "shares": msgspec.json.decode(row["shares"], type=dict[str, Access])})
+    shares = msgspec.json.decode(row["shares"], type=dict[str, Access])
+    return Collection(**{**dict(row), "shares": shares, "read": bool(row["read"])})
 
 
 def as_document(row: sqlite3.Row) -> Document:

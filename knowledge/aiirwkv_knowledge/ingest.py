@@ -40,6 +40,7 @@ from . import embedding
 from .catalogue import Catalogue
 from .chunking import cut
 from .database import storing
+from .memory import Memory
 from .permissions import checked, find, is_id, lookup
 from .staging import Staged, Staging
 from .vectors import VectorIndex, in_thread
@@ -82,8 +83,9 @@ class _Unreadable(Exception):
 class Ingest:
     """Reads sources into collections."""
 
-    def __init__(self, catalogue: Catalogue, index: VectorIndex, defaults: Defaults) -> None:
+    def __init__(self, catalogue: Catalogue, index: VectorIndex, memory: Memory, defaults: Defaults) -> None:
         self.catalogue, self.staging, self.index, self.defaults = catalogue, Staging(catalogue), index, defaults
+        self.memory = memory
         self._incoming = catalogue.originals / "incoming"
         self._locks: WeakValueDictionary[tuple[str, str], anyio.Lock] = WeakValueDictionary()
         self._incoming.mkdir(exist_ok=True)
@@ -101,7 +103,7 @@ class Ingest:
                 raise BadRequest(f"source {number} must have either `object` or `text`")
         collection = await self._collection(request.collection, ctx)
         progress = _Progress(ctx, len(request.sources))
-        documents = [await self._read(collection, source, ctx, progress) for source in request.sources]
+        documents = [await self._read(collection, source, request.read, ctx, progress) for source in request.sources]
         self.index.sweep_soon()
         return Indexed(
             collection.name,
@@ -132,13 +134,16 @@ class Ingest:
         except Conflict:  # another job of the same folder was faster
             return find(await in_thread(self.catalogue.names), name, ctx, "write")
 
-    async def _read(self, collection: Collection, source: Source, ctx: Context, progress: _Progress) -> Document:
+    async def _read(
+        self, collection: Collection, source: Source, wish: bool | None, ctx: Context, progress: _Progress
+    ) -> Document:
         path = self._incoming / f"{os.getpid()}-{uuid.uuid4().hex}"
         try:
             received = await self._receive(source, path, ctx)
             lock = self._locks.setdefault((collection.id, received.name), anyio.Lock())
             async with lock:
                 document = await self._bring_in(collection, source, received, ctx, progress)
+                document = await self.memory.heed(collection, document, wish, ctx, progress.besides)
         except _Unreadable as exc:
             document = await in_thread(self.staging.reject, collection.id, exc.document, path)
         finally:
@@ -272,6 +277,10 @@ class _Progress:
 
     def at(self, done: int) -> None:
         self._ctx.progress(self._before + done, self._total, self._numbered(self._name))
+
+    def besides(self, note: str) -> None:
+        """What is done with a document whose chunks are."""
+        self._ctx.progress(self._total, self._total, self._numbered(note))
 
     def finish(self, document: Document) -> None:
         self._finished += 1

@@ -11,7 +11,10 @@ from .keywords import expression
 from .where import Where
 
 VISIBLE = "chunks c JOIN documents d ON d.number = c.document AND d.live AND c.enabled"
-HIT = "c.id AS chunk, d.name AS document, d.id AS document_id, d.collection, c.start, c.end, c.page, c.text, c.heading"
+HIT = (
+    "c.id AS chunk, d.name AS document, d.id AS document_id, d.collection, c.start, c.end, c.page, c.text, c.heading,"
+    " d.read"
+)
 
 
 class Passages:

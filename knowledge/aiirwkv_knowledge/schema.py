@@ -37,4 +37,21 @@ CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
     INSERT OR IGNORE INTO loose VALUES (old.sha256); END;
 """
 
-MIGRATIONS = (FIRST,)
+READ_ONCE = """
+ALTER TABLE collections ADD COLUMN read INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE documents ADD COLUMN wanted INTEGER;
+ALTER TABLE documents ADD COLUMN read TEXT;
+CREATE TABLE states (
+    document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE, chunk INTEGER NOT NULL, id TEXT NOT NULL,
+    PRIMARY KEY (document, chunk)
+);
+CREATE INDEX states_id ON states (id);
+CREATE TABLE unneeded (
+    id TEXT PRIMARY KEY
+);
+CREATE TRIGGER state_deleted AFTER DELETE ON states BEGIN
+    INSERT OR IGNORE INTO unneeded VALUES (old.id); END;
+"""
+"""`wanted`: whether the model reads the document, where it is set otherwise than for its collection; chunk 0: whole."""
+
+MIGRATIONS = (FIRST, READ_ONCE)

@@ -24,6 +24,7 @@ from .administration import Administration
 from .catalogue import Catalogue
 from .chunking import check_sizes
 from .ingest import Defaults, Ingest
+from .memory import Memory
 from .retrieval import search
 from .store import VectorStore
 from .vectors import VectorIndex, in_thread
@@ -54,11 +55,13 @@ class KnowledgePlugin(Plugin):
             stack.push_async_callback(self.close_store)
             self._index = VectorIndex(self._catalogue, store)
             defaults = Defaults(self.chunk_size, self.chunk_overlap)
-            self._ingest = Ingest(self._catalogue, self._index, defaults)
-            self._administration = Administration(self._catalogue, self._index, defaults)
+            memory = Memory(self._catalogue, lambda: self.bus)
+            self._ingest = Ingest(self._catalogue, self._index, memory, defaults)
+            self._administration = Administration(self._catalogue, self._index, memory, defaults)
             await self._index.check()
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(self._index.maintain)
+            tasks.start_soon(memory.maintain)
             stack.callback(tasks.cancel_scope.cancel)
             self._stack = stack.pop_all()
         return self

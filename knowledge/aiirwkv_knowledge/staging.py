@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from aiirwkv import Conflict, Document, NotFound
+from aiirwkv import Conflict, Document, NotFound, headed
 
 from .catalogue import DOCUMENT, TEXT_BLOCK, Catalogue, as_document, as_json, words_of
 from .chunking import Piece
@@ -30,7 +30,7 @@ class Waiting(msgspec.Struct, frozen=True):
     @property
     def context(self) -> str:
         """What is embedded: the chunk under its heading."""
-        return self.text if not self.heading or self.heading in self.text else f"{self.heading}\n{self.text}"
+        return headed(self.heading, self.text)
 
 
 class Staged(msgspec.Struct, frozen=True):
@@ -184,10 +184,10 @@ class Staging:
             raise NotFound("the collection was deleted while a document was being read into it") from None
 
     def _take_over(self, db: sqlite3.Connection, collection: str, name: str, number: int) -> None:
-        """Give a document the id of the one of the same name, which goes."""
+        """Give a document the id and the wish to be read of the one of the same name, which goes."""
         old = db.execute(
-            "SELECT id FROM documents WHERE collection = ? AND name = ? AND live", (collection, name)
+            "SELECT id, wanted FROM documents WHERE collection = ? AND name = ? AND live", (collection, name)
         ).fetchone()
         if old:
             self._catalogue.erase(db, "d.collection = ? AND d.name = ? AND d.live", (collection, name))
-            db.execute("UPDATE documents SET id = ? WHERE number = ?", (old["id"], number))
+            db.execute("UPDATE documents SET id = ?, wanted = ? WHERE number = ?", (old["id"], old["wanted"], number))

@@ -49,12 +49,15 @@ from .knowledge import (
     Metric,
     Object,
     Passage,
+    Reading,
     Receipt,
     Search,
     SearchMode,
     Source,
     Stage,
     WebPage,
+    headed,
+    token_estimate,
 )
 from .models import (
     CacheStats,
@@ -138,6 +141,7 @@ __all__ = [
     "Object",
     "Passage",
     "Piece",
+    "Reading",
     "Receipt",
     "Reply",
     "Request",
@@ -160,6 +164,8 @@ __all__ = [
     "UsersReply",
     "WebPage",
     "fold",
+    "headed",
+    "token_estimate",
 ]
 
 REQUESTS: dict[str, type[Request[Any]]] = {

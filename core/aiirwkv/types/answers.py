@@ -66,6 +66,10 @@ class Chat(StreamRequest[ChatChunk, Answer]):
     Answer a question from collections. `messages` are the earlier turns.
 
     `mode`: sources (refuse when they do not say), first (sources, then the model's own knowledge, marked), free.
+
+    `read`: how the model is given the passages. None: the sentences of them that fit best, or the whole document, if
+    they all stand in one that it has read; concat: whole, one after another; parallel: each by itself, and the answer
+    that is supported best wins. What is given whole need not be read again when its state is kept.
     """
 
     question: str = ""
@@ -75,6 +79,7 @@ class Chat(StreamRequest[ChatChunk, Answer]):
     top: int = 5
     search: SearchMode = "hybrid"
     where: dict[str, list[str]] = {}
+    read: Literal["concat", "parallel"] | None = None
     model: str | None = None
     state: str | None = None
     adapter: str | None = None

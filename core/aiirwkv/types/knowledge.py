@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -93,11 +94,32 @@ class Source(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     tags: list[str] = []
 
 
+def headed(heading: str, text: str) -> str:
+    """
+    A passage under its heading: what is embedded, and what a model reads.
+
+    A kept state fits only the very same text, so who has it read and who asks about it must both write it like this.
+    """
+    return text if not heading or heading in text else f"{heading}\n{text}"
+
+
+def token_estimate(text: str) -> int:
+    """About how many tokens a text has, whatever the vocabulary; rather too many than too few."""
+    plain = len(text.encode("ascii", "ignore"))
+    return math.ceil(plain / 3 + (len(text) - plain) * 1.5)
+
+
 DocumentState = Literal["ready", "unchanged", "needs_ocr", "failed"]
+Reading = Literal["whole", "passages"]
+"""What a model has read of a document beforehand: the whole text at once, or each passage by itself."""
 
 
 class Document(Reply):
-    """A document of a collection. `reason` says why it is not ready, and what to do."""
+    """
+    A document of a collection. `reason` says why it is not ready or not read, and what to do.
+
+    `read`: what the model remembers of it.
+    """
 
     id: str
     name: str
@@ -111,6 +133,7 @@ class Document(Reply):
     tags: list[str] = []
     reason: str = ""
     created: float = 0.0
+    read: Reading | None = None
 
 
 class Indexed(Reply):
@@ -123,10 +146,15 @@ class Indexed(Reply):
 
 
 class Index(Request[Indexed]):
-    """Read documents into a collection, which is made if it does not exist."""
+    """
+    Read documents into a collection, which is made if it does not exist.
+
+    `read`: have the model read them too and keep what it remembers; None: as the document or its collection is set.
+    """
 
     collection: str
     sources: list[Source]
+    read: bool | None = None
     hook = "index"
     reply = Indexed
 
@@ -178,6 +206,7 @@ class Hit(Reply):
     chunk: str = ""
     heading: str = ""
     scores: dict[str, float] = {}
+    read: Reading | None = None
 
 
 class Hits(Reply):
@@ -207,7 +236,11 @@ Access = Literal["read", "write"]
 
 
 class Collection(Reply):
-    """A set of documents with one embedder. `shares`: user or role:NAME to read or write."""
+    """
+    A set of documents with one embedder. `shares`: user or role:NAME to read or write.
+
+    `read`: the model reads what is indexed into it, and remembers it.
+    """
 
     id: str
     name: str
@@ -221,6 +254,7 @@ class Collection(Reply):
     documents: int = 0
     chunks: int = 0
     created: float = 0.0
+    read: bool = False
 
 
 class Passage(Reply):
@@ -256,7 +290,8 @@ class Collections(Request[CollectionsReply]):
 
     create, list, rename (`to`), describe, delete (with `document`: only that), share (`user`, `access`; none takes it
     back), documents, chunks, text (of `document`, from `start` to `end`), edit (`chunk`: `text`, `enabled`), verify,
-    rebuild, export, import (`object`).
+    rebuild, export, import (`object`). With `read`, describe has the model read what is there and what comes, or forget
+    it (with `document`: only that); it may take long, so it is best sent as a job.
     """
 
     action: Literal[
@@ -273,6 +308,7 @@ class Collections(Request[CollectionsReply]):
     chunk: str = ""
     text: str | None = None
     enabled: bool | None = None
+    read: bool | None = None
     start: int = 0
     end: int | None = None
     user: str = ""
