@@ -71,9 +71,10 @@ class Layer:
     def __init__(self, block: Block, number: int, plan: Plan, arena: Arena) -> None:
         self.number, self.prefix = number, f"blocks.{number}."
         self.ln1, self.ln2 = _norm(block.ln1), _norm(block.ln2)
-        self.ln_x = _norm(block.att.ln_x)
+        att: Any = block.att
+        self.ln_x = _norm(att.ln_x)
         self.width = self.ln1[0].size
-        self.head: int = block.att.head
+        self.head: int = att.head
         self._matrices: dict[str, Matrix] = {}
         self._plan, self._arena = plan, arena
         self._wide = plan.threads > 1
@@ -136,7 +137,8 @@ class Layer7(Layer):
 
     def __init__(self, block: Block, number: int, plan: Plan, arena: Arena) -> None:
         super().__init__(block, number, plan, arena)
-        att, ffn = block.att, block.ffn
+        att: Any = block.att
+        ffn: Any = block.ffn
         self.mixes = _rows(att.x_r, att.x_w, att.x_k, att.x_v, att.x_a, att.x_g)
         self.w0, self.a0, self.k_k, self.k_a, self.r_k = _rows(att.w0, att.a0, att.k_k, att.k_a, att.r_k)
         for name in ("receptance", "key", "value", "output"):
@@ -191,7 +193,8 @@ class Layer6(Layer):
 
     def __init__(self, block: Block, number: int, plan: Plan, arena: Arena) -> None:
         super().__init__(block, number, plan, arena)
-        att, ffn = block.att, block.ffn
+        att: Any = block.att
+        ffn: Any = block.ffn
         self.mix = _rows(att.time_maa_x)
         self.mixes = _rows(att.time_maa_w, att.time_maa_k, att.time_maa_v, att.time_maa_r, att.time_maa_g)
         self.time_decay, self.bonus = _rows(att.time_decay, att.time_faaaa)

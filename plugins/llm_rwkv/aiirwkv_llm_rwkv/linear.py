@@ -138,13 +138,20 @@ class Matrix:
         if self._packed is not None:
             torch.from_numpy(y).copy_(_multiplied(rows, self._packed))
             return
-        # [inputs, width] in bfloat16, which holds every int8 exactly, for this call only
+        torch.from_numpy(y).copy_(rows @ self._wide())
+        if self._scale is not None:
+            scale(y, self._scale)
+
+    def _wide(self) -> Tensor:
+        """The weights, but for `_scale`, as bfloat16 [inputs, width], for one product only; it holds every int8."""
         wide = torch.empty(self.inputs, self.width, dtype=torch.bfloat16)
-        panels = torch.from_numpy(self._panels).view(-1, self.inputs, WIDTH)
-        wide.view(self.inputs, -1, WIDTH).copy_(panels.transpose(0, 1))
-        torch.from_numpy(y).copy_(rows @ wide)
-        assert self._scale is not None
-        scale(y, self._scale)
+        panels = torch.from_numpy(self._panels)
+        if self._groups is not None:
+            pairs = panels.view(-1, self.inputs // GROUP, GROUP // 2, WIDTH)
+            factors = torch.from_numpy(self._groups).view(-1, self.inputs // GROUP, 1, WIDTH)
+            panels = (torch.cat([pairs & 15, pairs >> 4], 2).float() - 8) * factors
+        wide.view(self.inputs, -1, WIDTH).copy_(panels.view(-1, self.inputs, WIDTH).transpose(0, 1))
+        return wide
 
 
 def _reordered(weights: Tensor) -> Any:
@@ -165,9 +172,7 @@ def make_plan(precision: Precision, threads: int, outputs: int, inputs: int) -> 
     """
     own = Plan(precision, threads, NEVER, "")
     if precision == "float32":
-        return Plan(precision, threads, NEVER, "our kernel: exact, with weights as they are stored")
-    if precision == "int4":
-        return Plan(precision, threads, NEVER, "our kernel: it alone knows this form")
+        return Plan(precision, threads, NEVER, "our kernel: exact, with the weights as they are stored")
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(min(outputs, 4096), min(inputs, 4096), generator=generator)
     try:

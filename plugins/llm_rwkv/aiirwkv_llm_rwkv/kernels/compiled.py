@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import float32, int32, njit, prange, types
+from numba import float32, int32, prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
+from .jit import compiled, emitted, finite, parallel
 from .matmul import LANES, VECTORS
 
 __all__ = [
@@ -44,13 +44,11 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-FAST = {"boundscheck": False, "error_model": "numpy", "nogil": True, "cache": True, "fastmath": {"contract", "reassoc"}}
-
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VF = ir.VectorType(_F32, LANES)
 
 
-@intrinsic
+@emitted
 def _float_of_bits(typingctx: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], _F32)
@@ -58,7 +56,7 @@ def _float_of_bits(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(**{**FAST, "fastmath": True})
+@finite
 def _exp(x: Any) -> Any:
     """e^x of a float32 to 1e-7, as Cephes' expf does it; unlike the library's, it runs in vectors."""
     x = min(max(x, float32(-87.3)), float32(88.3))
@@ -74,12 +72,12 @@ def _exp(x: Any) -> Any:
     return y * _float_of_bits((int32(n) + int32(127)) << int32(23))
 
 
-@njit(**{**FAST, "fastmath": True})
+@finite
 def _sigmoid(x: Any) -> Any:
     return float32(1) / (float32(1) + _exp(-x))
 
 
-@njit(**FAST)
+@compiled
 def sigmoid(x: Array) -> None:
     """In place."""
     flat = x.reshape(-1)
@@ -87,7 +85,7 @@ def sigmoid(x: Array) -> None:
         flat[i] = _sigmoid(flat[i])
 
 
-@njit(**FAST)
+@compiled
 def silu(x: Array) -> None:
     """In place."""
     flat = x.reshape(-1)
@@ -95,7 +93,7 @@ def silu(x: Array) -> None:
         flat[i] *= _sigmoid(flat[i])
 
 
-@njit(**FAST)
+@compiled
 def tanh(x: Array) -> None:
     """In place."""
     flat = x.reshape(-1)
@@ -103,7 +101,7 @@ def tanh(x: Array) -> None:
         flat[i] = float32(2) * _sigmoid(float32(2) * flat[i]) - float32(1)
 
 
-@njit(**FAST)
+@compiled
 def relu_squared(x: Array) -> None:
     """In place."""
     flat = x.reshape(-1)
@@ -112,7 +110,7 @@ def relu_squared(x: Array) -> None:
         flat[i] = value * value
 
 
-@njit(**FAST)
+@compiled
 def add(x: Array, y: Array) -> None:
     """x += y; y may be wider."""
     for row in range(x.shape[0]):
@@ -120,7 +118,7 @@ def add(x: Array, y: Array) -> None:
             x[row, i] += y[row, i]
 
 
-@njit(**FAST)
+@compiled
 def nonzero(x: Array, chosen: Array, values: Array) -> int:
     """Where the row x is not zero, and what it is there; returns how many."""
     count = 0
@@ -132,7 +130,7 @@ def nonzero(x: Array, chosen: Array, values: Array) -> int:
     return count
 
 
-@njit(**FAST)
+@compiled
 def _norm(x: Array, weight: Array, bias: Array, epsilon: Any, out: Array) -> None:
     """Layer norm of one row."""
     mean = float32(0)
@@ -147,14 +145,14 @@ def _norm(x: Array, weight: Array, bias: Array, epsilon: Any, out: Array) -> Non
         out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
 
 
-@njit(**FAST)
+@compiled
 def norm(x: Array, weight: Array, bias: Array, out: Array) -> None:
     """Layer norm of each row."""
     for row in range(x.shape[0]):
         _norm(x[row], weight, bias, float32(1e-5), out[row])
 
 
-@njit(**FAST)
+@compiled
 def _shift(x: Array, weight: Array, bias: Array, first: int, last: int, before: Array, h: Array, s: Array) -> None:
     """The rows first … last-1 of one text: h = norm(x), s = the previous h - h; `before` is the h before the first."""
     for row in range(first, last):
@@ -166,7 +164,7 @@ def _shift(x: Array, weight: Array, bias: Array, first: int, last: int, before: 
         before[i] = h[last - 1, i]
 
 
-@njit(**FAST)
+@compiled
 def shift(
     x: Array, weight: Array, bias: Array, starts: Array, slots: Array, states: Array, at: int, h: Array, s: Array
 ) -> None:
@@ -178,7 +176,7 @@ def shift(
         _shift(x, weight, bias, starts[p], starts[p + 1], states[slots[p], at : at + x.shape[1]], h, s)
 
 
-@njit(**FAST)
+@compiled
 def lerp(h: Array, s: Array, mixes: Array, out: Array) -> None:
     """out[j] = h + s · mixes[j], j rows of D."""
     for row in range(h.shape[0]):
@@ -187,7 +185,7 @@ def lerp(h: Array, s: Array, mixes: Array, out: Array) -> None:
                 out[j, row, i] = h[row, i] + s[row, i] * mixes[j, i]
 
 
-@njit(**FAST)
+@compiled
 def lerp_each(h: Array, s: Array, mixes: Array, change: Array, out: Array) -> None:
     """out[j] = h + s · (mixes[j] + change[j]), with a change [j, rows, D] for each token: RWKV-6."""
     for row in range(h.shape[0]):
@@ -196,7 +194,7 @@ def lerp_each(h: Array, s: Array, mixes: Array, change: Array, out: Array) -> No
                 out[j, row, i] = h[row, i] + s[row, i] * (mixes[j, i] + change[j, row, i])
 
 
-@njit(**FAST)
+@compiled
 def embed(tokens: Array, table: Array, weight: Array, bias: Array, out: Array) -> None:
     """Rows of the table (float32, or bfloat16 as uint16), layer normed."""
     row = np.empty(out.shape[1], np.float32)
@@ -206,7 +204,7 @@ def embed(tokens: Array, table: Array, weight: Array, bias: Array, out: Array) -
         _norm(row, weight, bias, float32(1e-5), out[t])
 
 
-@intrinsic
+@emitted
 def _value(typingctx: Any, table: Any, row: Any, column: Any) -> Any:
     """An entry of a table as float32."""
 
@@ -232,7 +230,7 @@ def _recurrence(version: int) -> Any:
     the one before; S [N, N] key × value. The bonus of v6 is added by the caller.
     """
 
-    @intrinsic
+    @emitted
     def run(typingctx: Any, S: Any, w: Any, k: Any, v: Any, a: Any, b: Any, r: Any, y: Any, N: Any, count: Any,
             stride: Any) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -312,7 +310,7 @@ def _recurrence(version: int) -> Any:
 _recur6, _recur7 = _recurrence(6), _recurrence(7)
 
 
-@njit(**FAST)
+@compiled
 def activate7(w: Array, a: Array, w0: Array, a0: Array) -> None:
     """In place: w → the decay exp(-e^(-1/2) · sigmoid(w0 + w)), a → sigmoid(a0 + a)."""
     for row in range(w.shape[0]):
@@ -322,7 +320,7 @@ def activate7(w: Array, a: Array, w0: Array, a0: Array) -> None:
             a[row, i] = _sigmoid(a0[i] + a[row, i])
 
 
-@njit(**FAST)
+@compiled
 def blend(v: Array, first: Array, u: Array, v0: Array) -> None:
     """In place: v += (first - v) · sigmoid(v0 + u)."""
     for row in range(v.shape[0]):
@@ -332,7 +330,7 @@ def blend(v: Array, first: Array, u: Array, v0: Array) -> None:
             v[row, i] += (first[row, i] - v[row, i]) * u[row, i]
 
 
-@njit(**FAST)
+@compiled
 def keys7(k: Array, rate: Array, k_k: Array, k_a: Array, N: int, removal: Array, add: Array) -> None:
     """removal = -normalised(k · k_k) by head, add = -removal · rate; in place k *= 1 + (rate - 1) · k_a."""
     for row in range(k.shape[0]):
@@ -341,7 +339,8 @@ def keys7(k: Array, rate: Array, k_k: Array, k_a: Array, N: int, removal: Array,
             for i in range(head, head + N):
                 removal[row, i] = k[row, i] * k_k[i]
                 square += removal[row, i] * removal[row, i]
-            scale = float32(-1) / max(math.sqrt(square), float32(1e-12))
+            length: Any = max(math.sqrt(square), float32(1e-12))
+            scale = float32(-1) / length
             for i in range(head, head + N):
                 removal[row, i] *= scale
         for i in range(k.shape[1]):
@@ -350,7 +349,7 @@ def keys7(k: Array, rate: Array, k_k: Array, k_a: Array, N: int, removal: Array,
             k[row, i] *= float32(1) + (rate[row, i] - float32(1)) * k_a[i]
 
 
-@njit(**FAST)
+@compiled
 def activate6(w: Array, time_decay: Array) -> None:
     """In place: w → the decay exp(-exp(time_decay + w))."""
     for row in range(w.shape[0]):
@@ -358,7 +357,7 @@ def activate6(w: Array, time_decay: Array) -> None:
             w[row, i] = _exp(-_exp(time_decay[i] + w[row, i]))
 
 
-@njit(**FAST)
+@compiled
 def _head7(
     item: int, w: Array, k: Array, v: Array, removal: Array, add: Array, r: Array, starts: Array, slots: Array,
     states: Array, at: int, N: int, y: Array,
@@ -374,7 +373,7 @@ def _head7(
     )  # fmt: skip
 
 
-@njit(**FAST)
+@compiled
 def wkv7(
     w: Array, k: Array, v: Array, removal: Array, add: Array, r: Array, starts: Array, slots: Array, states: Array,
     at: int, N: int, y: Array,
@@ -388,7 +387,7 @@ def wkv7(
         _head7(item, w, k, v, removal, add, r, starts, slots, states, at, N, y)
 
 
-@njit(parallel=True, **FAST)
+@parallel
 def wkv7_parallel(
     w: Array, k: Array, v: Array, removal: Array, add: Array, r: Array, starts: Array, slots: Array, states: Array,
     at: int, N: int, y: Array,
@@ -398,7 +397,7 @@ def wkv7_parallel(
         _head7(item, w, k, v, removal, add, r, starts, slots, states, at, N, y)
 
 
-@njit(**FAST)
+@compiled
 def _head6(
     item: int, w: Array, k: Array, v: Array, r: Array, starts: Array, slots: Array, states: Array, at: int, N: int,
     y: Array,
@@ -414,7 +413,7 @@ def _head6(
     )  # fmt: skip
 
 
-@njit(**FAST)
+@compiled
 def wkv6(
     w: Array, k: Array, v: Array, r: Array, starts: Array, slots: Array, states: Array, at: int, N: int, y: Array
 ) -> None:
@@ -423,7 +422,7 @@ def wkv6(
         _head6(item, w, k, v, r, starts, slots, states, at, N, y)
 
 
-@njit(parallel=True, **FAST)
+@parallel
 def wkv6_parallel(
     w: Array, k: Array, v: Array, r: Array, starts: Array, slots: Array, states: Array, at: int, N: int, y: Array
 ) -> None:
@@ -432,7 +431,7 @@ def wkv6_parallel(
         _head6(item, w, k, v, r, starts, slots, states, at, N, y)
 
 
-@njit(**FAST)
+@compiled
 def finish(
     y: Array, r: Array, k: Array, weight: Array, v: Array, g: Array, ln: Array, bias: Array, N: int, before: bool
 ) -> None:

@@ -18,9 +18,10 @@ import llvmlite.binding
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from .jit import compiled, emitted, parallel
 
 __all__ = ["GROUP", "WIDTH", "matmul", "matmul4", "matmul4_parallel", "matmul_parallel", "pack", "pack4", "scale"]
 
@@ -53,7 +54,7 @@ def _widen(builder: Any, kind: Any, address: Any) -> Any:
     return builder.sitofp(builder.sext(raw, _VI), _VF)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _block(typingctx: Any, weights: Any, rows: Any, sparse: Any, w: Any, x: Any, stride: Any, y: Any, out: Any,
            count: Any, chosen: Any, ahead: Any) -> Any:  # fmt: skip
     """
@@ -101,7 +102,7 @@ def _block(typingctx: Any, weights: Any, rows: Any, sparse: Any, w: Any, x: Any,
     return signature, generate
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+@compiled
 def _panel(weights: Array, p: int, x: Array, y: Array, chosen: Array, sparse: bool) -> None:
     rows, count = x.shape
     w = weights.ctypes.data + p * weights.strides[0]
@@ -125,7 +126,7 @@ def _panel(weights: Array, p: int, x: Array, y: Array, chosen: Array, sparse: bo
         _block(weights, 1, 0, w, data + m * stride, stride, target + m * out, out, count, 0, w + AHEAD)
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+@compiled
 def matmul(weights: Array, x: Array, y: Array, chosen: Array, sparse: bool) -> None:
     """
     y [rows, outputs] = x [rows, inputs] · Wᵀ, all float32, `weights` from `pack`. y's width is that of the panels.
@@ -136,7 +137,7 @@ def matmul(weights: Array, x: Array, y: Array, chosen: Array, sparse: bool) -> N
         _panel(weights, p, x, y, chosen, sparse)
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, parallel=True, cache=True)
+@parallel
 def matmul_parallel(weights: Array, x: Array, y: Array, chosen: Array, sparse: bool) -> None:
     """As `matmul`, on the threads of Numba."""
     for p in prange(weights.shape[0]):
@@ -152,7 +153,7 @@ def pack(weights: Array) -> Array:
     return np.ascontiguousarray(panels).reshape(len(panels), -1)
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+@compiled
 def scale(y: Array, factors: Array) -> None:
     """y[row] *= factors."""
     for row in range(y.shape[0]):
@@ -164,7 +165,7 @@ GROUP = 32
 """Inputs that share a scale, in int4."""
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any, y: Any, out: Any, groups: Any) -> Any:
     """As `_block`, of weights of 4 bits: a byte holds those of the inputs k and k + GROUP/2 of its group, each + 8."""
     M = rows.literal_value
@@ -216,7 +217,7 @@ def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any,
     return signature, generate
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+@compiled
 def _panel4(weights: Array, scales: Array, p: int, x: Array, y: Array) -> None:
     rows, groups = x.shape[0], x.shape[1] // GROUP
     w = weights.ctypes.data + p * weights.strides[0]
@@ -232,14 +233,14 @@ def _panel4(weights: Array, scales: Array, p: int, x: Array, y: Array) -> None:
         m += 1
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, cache=True)
+@compiled
 def matmul4(weights: Array, scales: Array, x: Array, y: Array) -> None:
     """As `matmul`, with weights and scales from `pack4`."""
     for p in range(weights.shape[0]):
         _panel4(weights, scales, p, x, y)
 
 
-@njit(boundscheck=False, error_model="numpy", nogil=True, parallel=True, cache=True)
+@parallel
 def matmul4_parallel(weights: Array, scales: Array, x: Array, y: Array) -> None:
     """As `matmul4`, on the threads of Numba."""
     for p in prange(weights.shape[0]):
