@@ -67,11 +67,11 @@ def serving() -> Iterator[Site]:
                 headers["ETag"] = page.etag
             begin = 0
             wanted = asked.headers.get("range", "")
-            if wanted and status == 200 and page.ranges:
-                if not page.if_range or asked.headers.get("if-range") == page.etag:
-                    begin = int(wanted.removeprefix("bytes=").rstrip("-"))
-                    status = 206 if begin < len(data) else 416
-                    headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+            same = not page.if_range or asked.headers.get("if-range") == page.etag
+            if wanted and status == 200 and page.ranges and same:
+                begin = int(wanted.removeprefix("bytes=").rstrip("-"))
+                status = 206 if begin < len(data) else 416
+                headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
             body = data[begin:] if status != 416 else b""
             self.close_connection = True
             self.send_response(status)

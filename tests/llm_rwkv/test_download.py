@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from aiirwkv import BadRequest, Conflict, Forbidden, NotFound, ServiceError
 from aiirwkv_llm_rwkv import disk
-from aiirwkv_llm_rwkv import download as module
 from aiirwkv_llm_rwkv.download import Stopped, download, stoppable
 from aiirwkv_llm_rwkv.source import Source, source
 
@@ -213,7 +212,7 @@ def test_a_busy_server_is_asked_again(site: Site, target: Path) -> None:
 
 
 def test_a_host_that_is_not_there(target: Path) -> None:
-    with pytest.raises(ServiceError, match="127.0.0.1: .*refused, 6 times in a row"):
+    with pytest.raises(ServiceError, match=r"127.0.0.1: .*refused, 6 times in a row"):
         download(Source("http://127.0.0.1:9/a.pth"), target, pause=0.0)
 
 
@@ -254,7 +253,7 @@ def test_a_disk_that_fills_up_meanwhile(site: Site, target: Path) -> None:
     site.put(PATH, DATA)
     target.with_name("a.pth.part").symlink_to("/dev/full")
     target.with_name("a.pth.json").write_text(f'{{"url": "{site.url + PATH}"}}')
-    with pytest.raises(ServiceError, match="a.pth.part cannot be written: No space left on device"):
+    with pytest.raises(ServiceError, match=r"a.pth.part cannot be written: No space left on device"):
         fetch(site, target)
 
 
@@ -265,7 +264,7 @@ def test_only_one_writes(site: Site, target: Path) -> None:
     thread.start()
     while not target.with_name("a.pth.part").exists():
         time.sleep(0.005)
-    with pytest.raises(Conflict, match="a.pth is being written already"):
+    with pytest.raises(Conflict, match=r"a.pth is being written already"):
         fetch(site, target)
     thread.join()
     assert first == [digest(DATA)]

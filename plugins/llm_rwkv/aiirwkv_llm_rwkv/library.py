@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable, Sequence
@@ -10,14 +9,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from aiirwkv.errors import PluginError
+from aiirwkv.errors import BadRequest, PluginError
 
 from .card import Card
+from .describe import WORLD, describe, shapes
+from .disk import file_sha256
 
-__all__ = ["BUILT_IN", "Files", "find", "known", "unknown"]
+__all__ = ["BUILT_IN", "WORLD", "Files", "find", "known", "unknown"]
 
 BUILT_IN = Path(__file__).parent / "models"
-WORLD = 65536  # rows of the embedding of models with the World vocabulary, which the `rwkv` package brings along
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Files:
 
     @classmethod
     def at(cls, path: Path) -> Files:
-        """From a folder with model.safetensors, or a .safetensors file; a missing card.json means RWKV-7 G1's forms."""
+        """From a folder with model.safetensors, or a .safetensors file; without a card.json, it speaks for itself."""
         weights = path / "model.safetensors" if path.is_dir() else path
         if weights.suffix != ".safetensors":
-            raise PluginError(f"the model {weights} is not a .safetensors file")
+            raise PluginError(f"the model {weights} is not a .safetensors file; add it: aiirwkv models add {weights}")
         if not weights.is_file():
             raise PluginError(f"the model {weights} does not exist")
         card = weights.with_name("card.json")
         name = path.name if path.is_dir() else path.stem
-        return cls(Card.load(card) if card.is_file() else Card(name=name), weights)
+        return cls(Card.load(card) if card.is_file() else _presumed(name, weights), weights)
 
     def vocabulary(self, rows: int) -> Path:
         """The vocabulary for an embedding of so many rows."""
@@ -63,10 +63,17 @@ class Files:
         return self.card.sha256.get(self.weights.name) or _sha256(self.weights)
 
 
+def _presumed(name: str, weights: Path) -> Card:
+    """A card for weights that have none; what is wrong with them is said when they are loaded."""
+    try:
+        return describe(name, shapes(weights), weights.name)
+    except BadRequest:
+        return Card(name=name)
+
+
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise PluginError(f"the model file {path} cannot be read: {error.strerror}") from None
 
@@ -74,7 +81,7 @@ def _sha256(path: Path) -> str:
 def known(folders: Sequence[Path]) -> dict[str, Files]:
     """The models in these folders, by name. A broken card is logged, and its model left out."""
     found: dict[str, Files] = {}
-    for card in (path for folder in folders for path in sorted(folder.glob("*/card.json"))):
+    for card in (path for folder in folders for path in sorted(folder.glob("[!.]*/card.json"))):
         try:
             files = Files.at(card.parent)
             found[files.card.name] = files

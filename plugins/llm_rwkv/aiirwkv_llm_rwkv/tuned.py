@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 from aiirwkv import Context
-from aiirwkv.errors import Conflict, Forbidden, NotFound, ServiceError
-from aiirwkv.types import Model
+from aiirwkv.errors import BadRequest, Conflict
 
-from .library import unknown
+from .describe import Shapes
+from .shelf import CARD, Shelf, TunedCard, seal
 
 if TYPE_CHECKING:
-    from .model import RWKV, State
+    from torch import Tensor
 
-__all__ = ["CARD", "STATE", "StateCard", "TunedStates", "states_folder"]
+    from .model import RWKV, Layout, State
 
-CARD, STATE = "card.json", "state.safetensors"
+__all__ = ["CARD", "STATE", "StateCard", "TunedStates", "make", "sizes", "states_folder", "time_states"]
+
+STATE = "state.safetensors"
 
 
-class StateCard(msgspec.Struct, kw_only=True, frozen=True):
-    """
-    Where a tuned state comes from, and what it is worth: mean loss per answer token, on examples it was not tuned on.
+class StateCard(TunedCard, kw_only=True, frozen=True):
+    """Of a tuned state."""
 
-    It belongs to exactly one base model, which `base_sha256`, the hash of the base's weights, tells. `resumed` are the
-    steps at which training was taken up again.
-    """
-
-    name: str
     kind: str = "state"
-    version: str = "rwkv7"
     method: str = "state"
-    base: str
-    base_sha256: str
-    precision: str = "float32"
-    owner: str
-    shares: dict[str, Literal["read", "write"]] = {}
-    created: float = 0.0
-    run: str = ""
-    data_sha256: str = ""
-    examples: int = 0
-    held_out: int = 0
-    seed: int = 0
-    steps: int = 0
-    learning_rate: float = 0.0
-    batch_tokens: int = 0
-    loss_before: float = 0.0
-    loss_after: float = 0.0
-    seconds: float = 0.0
-    resumed: list[int] = []
-    parameters: int = 0
-    sha256: dict[str, str] = {}
 
 
 def states_folder(data: Path) -> Path:
@@ -63,103 +35,87 @@ def states_folder(data: Path) -> Path:
     return data / "models" / "states"
 
 
-class TunedStates:
-    """The tuned states in a folder, for those who may use them; the last few stay in memory."""
+class TunedStates(Shelf[StateCard, "list[Tensor]"]):
+    """The tuned states in a folder."""
 
-    KEPT = 8
+    noun, kind, file = "tuned state", "state", STATE
+    card = StateCard
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._loaded: dict[str, State] = {}
-
-    def known(self, ctx: Context) -> dict[str, StateCard]:
-        """What the caller may read, by name. A broken card is logged, and its state left out."""
-        found: dict[str, StateCard] = {}
-        for path in sorted(self.folder.glob(f"*/{CARD}")):
-            try:
-                card = msgspec.json.decode(path.read_bytes(), type=StateCard)
-            except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-                logging.getLogger(__name__).warning("the card of a tuned state, %s, cannot be used: %s", path, error)
-                continue
-            if ctx.may("read", card):
-                found[path.parent.name] = card
-        return found
-
-    def find(self, name: str, ctx: Context) -> StateCard:
-        """Raises NotFound, also for one that the caller may not read."""
-        cards = self.known(ctx)
-        if name not in cards:
-            raise NotFound(unknown("tuned state", name, cards))
-        return cards[name]
-
-    def load(self, name: str, ctx: Context, model: RWKV, base: Callable[[], str]) -> State:
+    def load(self, name: str, ctx: Context, model: RWKV, base: Callable[[], str], base_name: str = "") -> State:
         """
-        What a text begins with. `base` gives the sha256 of the model's weights.
+        What a text begins with. `base` gives the sha256 of the model's weights, `base_name` is the model's name.
 
         Raises NotFound, and Conflict when the state was made for another model or is damaged.
         """
-        card = self.find(name, ctx)
-        if card.base_sha256 != base():
+        return model.state_of(self.tensors(name, ctx, model.layout, base, base_name))
+
+    def flat(self, name: str, ctx: Context, layout: Layout, base: Callable[[], str], base_name: str = "") -> Tensor:
+        """The same in the flat form of a layout: float32 [size], on the CPU."""
+        import torch
+
+        flat = torch.zeros(1, layout.size)
+        layout.parts(flat)[2][0] = torch.stack(self.tensors(name, ctx, layout, base, base_name)).mT
+        return flat[0]
+
+    def tensors(
+        self, name: str, ctx: Context, layout: Layout, base: Callable[[], str], base_name: str = ""
+    ) -> list[Tensor]:
+        """The same as it lies in the file: float32 [H, N, N] per layer, value × key for every version of RWKV."""
+        card = self._for(name, ctx, base, base_name)
+        states = self._kept(
+            card, name, card.sha256.get(STATE, ""), time_states, lambda states: sum(state.nbytes for state in states)
+        )
+        wanted, found = (layout.layers, layout.heads, layout.head), sizes(states)
+        if wanted != found:
             raise Conflict(
-                f"the tuned state {name!r} was made for the model {card.base!r} with the sha256 "
-                f"{card.base_sha256[:12]}…, and this worker's has {base()[:12]}…; tune one for this model"
+                f"the tuned state {name!r} does not fit {card.base!r}, for which it is said to be: it has {found[0]} "
+                f"layers of {found[1]} heads of width {found[2]}, the model {wanted[0]} of {wanted[1]} of {wanted[2]}"
             )
-        key = card.sha256.get(STATE, "")
-        state = self._loaded.get(key)
-        if state is None:
-            state = _read(self.folder / name / STATE, card, model)
-            while len(self._loaded) >= self.KEPT:
-                self._loaded.pop(next(iter(self._loaded)), None)
-            self._loaded[key] = state
-        return state
-
-    def delete(self, name: str, ctx: Context) -> None:
-        card = self.find(name, ctx)
-        if not ctx.may("own", card):
-            raise Forbidden(f"the tuned state {name!r} belongs to {card.owner}, who alone may delete it")
-        try:
-            shutil.rmtree(self.folder / name)
-        except OSError as error:
-            raise ServiceError(f"the tuned state {name!r} cannot be deleted: {error.strerror}") from None
-
-    def models(self, ctx: Context) -> list[Model]:
-        """As the hook `models` lists them."""
-        return [
-            Model(
-                name=name,
-                kind="state",
-                plugin="llm_rwkv",
-                version=card.version,
-                parameters=card.parameters,
-                size=(self.folder / name / STATE).stat().st_size,
-                sha256=card.sha256.get(STATE, ""),
-                base=card.base,
-                card=msgspec.to_builtins(card),
-            )
-            for name, card in self.known(ctx).items()
-            if (self.folder / name / STATE).is_file()
-        ]
+        return states
 
 
-def _read(path: Path, card: StateCard, model: RWKV) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+TIME_STATE = re.compile(r"blocks\.(\d+)\.att\.time_state")
+
+
+def time_states(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The states of all layers, as float32. Raises ValueError, and KeyError for a layer that is missing."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if not TIME_STATE.fullmatch(name):
+            raise ValueError(f"the tensor {name} does not belong to it")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the tensor {name} holds values that are not finite numbers")
+    states = [tensors[f"blocks.{layer}.att.time_state"].float() for layer in range(len(tensors))]
+    sizes(states)
+    return states
+
+
+def sizes(states: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Layers, heads, and the width of a head. Raises ValueError unless all layers have the same."""
+    shapes = {tuple(state.shape) for state in states}
+    if len(shapes) != 1:
+        raise ValueError("its layers do not all have the same shape" if shapes else "it holds nothing")
+    [shape] = shapes
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(f"its layers have the shape {shape}, not [heads, width of a head, width of a head]")
+    return len(states), shape[0], shape[1]
+
+
+def make(made: Path, given: Mapping[str, Any], base: Shapes) -> None:
+    """Of made/model.safetensors make a tuned state with its card. `given`: fields of it. Raises BadRequest."""
+    from safetensors.torch import load_file
 
     try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != card.sha256.get(STATE):
-            raise ValueError("its sha256 is not its card's")
-        tensors = load(data)
-        layers = []
-        for number, layer in enumerate(model.initial_state()):
-            wkv = tensors.pop(f"blocks.{number}.att.time_state")
-            if wkv.shape != layer.wkv.shape[1:]:
-                raise ValueError(f"layer {number} has shape {tuple(wkv.shape)}, not {tuple(layer.wkv.shape[1:])}")
-            layers.append(wkv)
-        if tensors:
-            raise ValueError(f"the tensor {min(tensors)} does not belong to it")
+        states = time_states(load_file(made / "model.safetensors"))
+        layers, heads, head = sizes(states)
+        there = len({name.split(".")[1] for name in base if name.startswith("blocks.")})
+        own = base.get("blocks.0.att.r_k") or base.get("blocks.0.att.time_faaaa") or (heads, head)
+        if layers != there or (heads, head) != tuple(own) or heads * head != base["ln_out.weight"][0]:
+            raise ValueError(f"it is for {layers} layers of {heads} heads of width {head}, unlike {given['base']!r}")
     except KeyError as error:
-        raise Conflict(f"the tuned state {card.name!r} cannot be used: it lacks the tensor {error.args[0]}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Conflict(f"the tuned state {card.name!r} cannot be used: {error}; tune it again") from None
-    return model.state_of(layers)
+        raise BadRequest(f"models: the state cannot be used: it lacks the tensor {error.args[0]}") from None
+    except ValueError as error:
+        raise BadRequest(f"models: the state cannot be used: {error}") from None
+    (made / "model.safetensors").rename(made / STATE)
+    seal(made, StateCard, {**given, "parameters": sum(state.numel() for state in states)}, STATE)
