@@ -62,22 +62,44 @@ def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return norm.weight, norm.bias
 
 
+def _plain(module: nn.Module) -> bool:
+    """Its weight is a tensor of numbers, not something that a library has quantised."""
+    return type(module.weight) is nn.Parameter and module.weight.is_floating_point()
+
+
+def _share(module: nn.Module, name: str, place: Tensor) -> None:
+    """Move a parameter to a place where others can be beside it; the module goes on with a view of that."""
+    place.copy_(getattr(module, name))
+    setattr(module, name, nn.Parameter(place, requires_grad=False))
+
+
+def _products(x: Tensor, weights: Tensor, batched: bool) -> Tensor:
+    """[M, N, inputs] @ [M, inputs, outputs]; of one row, where it is the faster way, one by one."""
+    if batched or x.shape[1] > 1:
+        return torch.bmm(x, weights)
+    y = x.new_empty(len(x), 1, weights.shape[2])
+    for row, weight, result in zip(x, weights, y, strict=True):
+        torch.mm(row, weight, out=result)
+    return y
+
+
 class _Linears:
     """Several linears, each with its own input: one batched product when they are plain, else one by one."""
 
     def __init__(self, parent: nn.Module, path: str, names: Sequence[str]) -> None:
         self.parent, self.names, self.paths = parent, names, [f"{path}.{name}" for name in names]
+        self.batched = True
         self.weights: Tensor | None = None
         modules = [getattr(parent, name) for name in names]
-        if all(type(module.weight) is nn.Parameter and module.weight.is_floating_point() for module in modules):
-            self.weights = torch.stack([module.weight.detach() for module in modules])
+        if all(map(_plain, modules)):
+            self.weights = modules[0].weight.new_empty(len(modules), *modules[0].weight.shape)
             for module, weight in zip(modules, self.weights, strict=True):
-                module.weight = nn.Parameter(weight, requires_grad=False)  # a view: nothing is held twice
+                _share(module, "weight", weight)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """[M, N, inputs] → [M, N, outputs]"""
         if self.weights is not None:
-            y = torch.bmm(x, self.weights.mT)
+            y = _products(x, self.weights.mT, self.batched)
         else:
             y = torch.stack([getattr(self.parent, name)(row) for name, row in zip(self.names, x, strict=True)])
         for path, before, after in zip(self.paths, x, y, strict=True):
@@ -93,7 +115,9 @@ class _Layer:
     block: Block
     layout: Layout
     scan: Scan
+    sparse: bool = True
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    linears: _Linears = field(init=False)
 
     def __post_init__(self) -> None:
         layout, i = self.layout, self.number
@@ -124,8 +148,6 @@ class _Layer:
 
 
 class _Layer7(_Layer):
-    sparse = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         att: Any = self.block.att
@@ -140,21 +162,23 @@ class _Layer7(_Layer):
         low = "vwag" if self.number else "wag"
         self.tanh, self.gate = low.index("w"), low.index("g")
         rank = max(getattr(att, f"{name}1").shape[1] for name in low)
-        down = [F.pad(getattr(att, f"{name}1").detach(), (0, rank - getattr(att, f"{name}1").shape[1])) for name in low]
-        up = [F.pad(getattr(att, f"{name}2").detach(), (0, 0, 0, rank - len(getattr(att, f"{name}2")))) for name in low]
-        self.down, self.up = torch.stack(down), torch.stack(up)
+        self.down = att.g1.new_zeros(len(low), self.layout.width, rank)
+        self.up = att.g1.new_zeros(len(low), rank, self.layout.width)
+        for i, name in enumerate(low):
+            own = getattr(att, f"{name}1").shape[1]
+            _share(att, f"{name}1", self.down[i, :, :own])
+            _share(att, f"{name}2", self.up[i, :own])
         self.rows: Tensor | None = None
-        value = ffn.value
-        if type(value.weight) is nn.Parameter and value.weight.is_floating_point():
-            self.rows = value.weight.detach().mT.contiguous()
-            value.weight = nn.Parameter(self.rows.mT, requires_grad=False)  # a view: it is held once, by rows
+        if _plain(ffn.value):
+            self.rows = torch.empty_like(ffn.value.weight.mT, memory_format=torch.contiguous_format)
+            _share(ffn.value, "weight", self.rows.mT)
 
     def __call__(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         x, mixed = self.mixed(x, add, self.block.ln1, self.mixes, batch, self.att)
         r, k, v = self.linears(mixed[:3], batch)
-        low = torch.bmm(mixed[6 - len(self.down) :], self.down)
+        low = _products(mixed[6 - len(self.down) :], self.down, self.linears.batched)
         activate(low, tanh=self.tanh, sigmoid=self.gate)
-        *blend, w, a, g = torch.bmm(low, self.up)
+        *blend, w, a, g = _products(low, self.up, self.linears.batched)
         blended = blend[0] if blend else None
         out = torch.empty_like(r)
         if batch.single:
@@ -229,12 +253,15 @@ class Ragged:
         self.model = model
         self.layers = [layers[model.version](i, block, model.layout, wkv) for i, block in enumerate(model.layers)]
 
-    def use(self, *, scan: Scan | None = None, sparse: bool | None = None) -> None:
-        """Choose how texts of more than one token are read, and whether a single token's product skips zeros."""
+    def use(self, *, scan: Scan | None = None, sparse: bool | None = None, batched: bool | None = None) -> None:
+        """
+        Choose how texts of more than one token are read, and for a single token, whether the product with what is zero
+        for the most part is sparse, and whether products of several inputs are batched.
+        """
         for layer in self.layers:
             layer.scan = scan or layer.scan
-            if sparse is not None and isinstance(layer, _Layer7):
-                layer.sparse = sparse
+            layer.sparse = layer.sparse if sparse is None else sparse
+            layer.linears.batched = layer.linears.batched if batched is None else batched
 
     def __call__(self, batch: Batch) -> Tensor:
         """Read the batch: the states change in place → logits of each text's last token [B, V]."""

@@ -70,6 +70,9 @@ class Runtime(Protocol):
 class TorchRuntime:
     """Runs the module as it is: pieces of equal length share a batch, in particular all that are one token long."""
 
+    SPARE = 0
+    """Rows of the pool beyond the slots."""
+
     def __init__(self, model: RWKV, slots: int = 0) -> None:
         self.model = model
         self.layout = model.layout
@@ -83,9 +86,10 @@ class TorchRuntime:
         self.grow(slots)
 
     def grow(self, slots: int) -> None:
-        if slots > len(self.pool):
+        rows = slots + self.SPARE
+        if rows > len(self.pool):
             with torch.inference_mode(), scarce(f"{slots} states of {4 * self.layout.size / 1e6:.1f} MB"):
-                pool = torch.zeros(slots, self.layout.size, device=self.device)
+                pool = torch.zeros(rows, self.layout.size, device=self.device)
                 pool[: len(self.pool)] = self.pool
             self.pool = pool
 

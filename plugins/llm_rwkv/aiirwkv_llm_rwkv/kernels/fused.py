@@ -53,7 +53,7 @@ def _row(x, add, at, plane, inside, ADD: tl.constexpr):
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # it changes with every batch, and each kind of number would be compiled for
 def _mix(x, add, total, out, now, change, weight, bias, mixes, pool, size, offset, slots, begin, length, text, N,
          D: tl.constexpr, BLOCK: tl.constexpr, MIXES: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
     """One program per token."""
@@ -105,7 +105,7 @@ def mix(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "plane"])
 def _activate(x, count, plane, TANH: tl.constexpr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(x + i, i < count, 0.0).to(tl.float32)

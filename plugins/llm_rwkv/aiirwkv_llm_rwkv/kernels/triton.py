@@ -132,7 +132,7 @@ def step6(
 # ------------------------------------------------------------------------------------------------ texts of any length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _prepare7(k, v, w, a, mixed, first, w0, a0, v0, k_k, k_a, log_w_, k_, v_, a_, b_, N, heads,
               HEAD: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
     """One program per some tokens and head."""
@@ -167,7 +167,7 @@ def prepare7(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _finish(y, r, k, v, g, r_k, norm, bias, out, N, heads, HEAD: tl.constexpr, TOKENS: tl.constexpr, V7: tl.constexpr):
     """One program per some tokens and head."""
     token, head, c = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1), tl.arange(0, HEAD)

@@ -1,0 +1,115 @@
+"""
+How much memory serving a model takes: for admission, and for knowing beforehand whether it fits.
+
+No model and no GPU is needed: parameters are counted on a model without storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .model import RWKV, Layout, Linear, Sizes
+
+__all__ = ["BGE_M3", "PRECISIONS", "Encoder", "Memory", "estimate", "parameters", "state_bytes", "workspace"]
+
+PRECISIONS: dict[str, tuple[float, int]] = {
+    "float32": (4, 4),
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
+    "int8": (1, 2),
+    "nf4": (0.5 + 1 / 64 + 4 / (64 * 256), 2),
+}
+"""Bytes per weight of the layers' linears, and of everything else. nf4: a scale per 64 weights, itself in a byte."""
+
+CONTEXT = 600 << 20
+"""What CUDA itself and the workspaces of cuBLAS take, about."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, at the most."""
+
+    weights: int
+    embedding: int
+    states: int
+    workspace: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.embedding + self.states + self.workspace + self.logits
+
+
+def state_bytes(layout: Layout) -> int:
+    """Of one text in the pool."""
+    return 4 * layout.size
+
+
+def parameters(model: type[RWKV], sizes: Sizes) -> tuple[int, int, int]:
+    """How many parameters are in the embedding, in the linears of the layers, and elsewhere."""
+    with torch.device("meta"):
+        empty = model(sizes)
+    linears = sum(m.weight.numel() for name, m in empty.named_modules() if isinstance(m, Linear) and name != "head")
+    embedding = empty.emb.weight.numel()
+    return embedding, linears, sum(p.numel() for p in empty.parameters()) - embedding - linears
+
+
+def workspace(version: str, sizes: Sizes, tokens: int, texts: int, itemsize: int) -> int:
+    """Bytes that a batch of so many tokens of so many texts takes besides its logits; an upper bound for ragged.py."""
+    D = sizes.width
+    if version == "rwkv7":
+        time = D * (32 + 15 * itemsize) + 4 * max(getattr(sizes, f"rank_{name}") for name in "wavg") * itemsize
+        channel = D * (12 + 2 * itemsize) + sizes.hidden * itemsize
+    else:
+        time = D * (24 + 21 * itemsize) + 5 * getattr(sizes, "rank_maa", 0) * itemsize
+        channel = D * (12 + 6 * itemsize) + sizes.hidden * itemsize
+    return tokens * max(time, channel) + texts * D * 12
+
+
+def estimate(
+    model: type[RWKV], sizes: Sizes, precision: str, slots: int, chunk: int, rows: int = 1, *, offload: bool = False
+) -> Memory:
+    """
+    Of serving a model with so many slots, batches of `chunk` tokens, of which `rows` end a text.
+
+    `offload`: the embedding table, of which only rows are read, stays in the CPU's memory.
+    """
+    quantised, other = PRECISIONS[precision]
+    embedding, linears, rest = parameters(model, sizes)
+    layout = Layout(sizes.layers, sizes.width, sizes.heads, transposed=model.transposed)
+    return Memory(
+        weights=round(linears * quantised) + rest * other,
+        embedding=0 if offload else embedding * other,
+        states=(slots + 1) * state_bytes(layout),
+        workspace=workspace(model.version, sizes, chunk, rows, other),
+        logits=rows * sizes.vocabulary * (other + 4),
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A transformer of the kind of XLM-RoBERTa, which embeds or ranks."""
+
+    vocabulary: int
+    positions: int
+    layers: int
+    width: int
+    hidden: int
+
+    @property
+    def parameters(self) -> int:
+        D, F = self.width, self.hidden
+        layer = 4 * (D * D + D) + 2 * D * F + F + D + 4 * D
+        return (self.vocabulary + self.positions + 1) * D + 2 * D + self.layers * layer + D * D + D
+
+    def estimate(self, tokens: int, itemsize: int = 2) -> Memory:
+        """Of reading batches of so many tokens, attention computed without a matrix of all pairs."""
+        activations = tokens * (2 * self.hidden + 6 * self.width) * itemsize
+        embedding = (self.vocabulary + self.positions) * self.width * itemsize
+        return Memory(self.parameters * itemsize - embedding, embedding, 0, activations, 0)
+
+
+BGE_M3 = Encoder(vocabulary=250_002, positions=8194, layers=24, width=1024, hidden=4096)
+"""BAAI/bge-m3, and BAAI/bge-reranker-v2-m3, which differs by its head of one output."""
