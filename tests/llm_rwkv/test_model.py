@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from aiirwkv import PluginError
 from aiirwkv_llm_rwkv.checkpoint import UNUSED, load
 from aiirwkv_llm_rwkv.model import RWKV, LayerState, State, architecture
 from aiirwkv_llm_rwkv.rwkv6 import Sizes6
@@ -191,44 +190,3 @@ def test_every_size_is_read(tiny: Path, tiny6: Path) -> None:
     same = {"vocabulary": 1024, "layers": 3, "width": 128, "heads": 2}
     assert model_at(tiny).sizes == Sizes7(**same, hidden=512, rank_w=32, rank_a=24, rank_v=16, rank_g=48)
     assert model_at(tiny6).sizes == Sizes6(**same, hidden=448, rank_maa=24, rank_decay=40)
-
-
-def test_values_of_layer_0_that_official_files_hold_are_ignored(tmp_path: Path, tiny: Path) -> None:
-    names = {f"blocks.0.att.v{i}" for i in range(3)}
-    tensors = random_tensors()
-    assert names <= tensors.keys()
-    without = {name: tensor for name, tensor in tensors.items() if name not in names}
-    save_file(without, tmp_path / "m.safetensors")
-    tokens = torch.tensor([[5, 6, 7]])
-    assert torch.equal(model_at(tiny)(tokens)[0], model_at(tmp_path / "m.safetensors")(tokens)[0])
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"head.weight": None}, "the tensor head.weight is missing"),
-        (
-            {"blocks.1.att.w2": torch.zeros(31, 128)},
-            r"the tensor blocks.1.att.w2 has shape \(31, 128\), not \(32, 128\)",
-        ),
-        ({"blocks.1.att.extra": torch.zeros(1)}, "the tensor blocks.1.att.extra does not belong to an rwkv7"),
-        ({"blocks.0.att.r_k": None}, "it holds no RWKV"),
-        ({"blocks.0.att.r_k": None, "blocks.0.att.time_decay": torch.zeros(1)}, "it holds an rwkv5"),
-        ({"emb.weight": torch.zeros(4)}, "a tensor has a wrong number of dimensions"),
-    ],
-)
-def test_a_wrong_file_is_named_with_its_fault(change: dict[str, Tensor | None], complaint: str, tmp_path: Path) -> None:
-    changed = {**random_tensors(), **change}
-    path = tmp_path / "wrong.safetensors"
-    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
-    with pytest.raises(PluginError, match=f"wrong.safetensors cannot be loaded: .*{complaint}"):
-        model_at(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04 a zip"])
-def test_a_foreign_or_truncated_file(content: bytes, tmp_path: Path, tiny: Path) -> None:
-    for broken in (content, tiny.read_bytes()[:100_000]):
-        path = tmp_path / "broken.safetensors"
-        path.write_bytes(broken)
-        with pytest.raises(PluginError, match=r"broken\.safetensors cannot be loaded"):
-            model_at(path)

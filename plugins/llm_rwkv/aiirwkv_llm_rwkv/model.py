@@ -243,7 +243,7 @@ def version(shapes: Mapping[str, Sequence[int]]) -> str:
     """rwkv4 … rwkv7, by the names of the tensors. Raises ValueError when they are no RWKV's."""
     if "blocks.0.att.r_k" in shapes:
         return "rwkv7"
-    if "blocks.0.att.time_maa_x" in shapes:
+    if any(".time_maa_" in name for name in shapes):
         return "rwkv6"
     if "blocks.0.att.time_decay" in shapes:
         return "rwkv5" if "blocks.0.att.ln_x.weight" in shapes else "rwkv4"
