@@ -42,6 +42,9 @@ def _subject(job: Job) -> str:
     request = job.request if isinstance(job.request, dict) else {}
     sources = request.get("sources") or []
     name = next((source.get("name") or "pasted text" for source in sources), "") or request.get("name", "")
+    if job.hook == "models":  # `models` alone would not say what is done
+        place = request.get("file") or request.get("url") or request.get("path") or ""
+        name = f"{request.get('action', '')} {name or place.partition('?')[0].rpartition('/')[2]}"
     return plain(f"{job.hook} {name}".strip())
 
 

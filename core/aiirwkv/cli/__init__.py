@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import documents as documents
 from . import manage as manage
+from . import models as models
 from . import running as running
 from . import tuning as tuning
 from .common import cli, fail

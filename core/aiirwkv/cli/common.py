@@ -17,11 +17,12 @@ import click
 import msgspec
 
 from .. import __version__
-from ..errors import AiirwkvError
+from ..errors import BY_CODE, AiirwkvError, ServiceError
 
 if TYPE_CHECKING:
     from ..bus import Bus
     from ..config import Config
+    from ..types import Request
 
 
 class State:
@@ -104,6 +105,26 @@ async def connected(state: State, claim: str | None = None) -> AsyncIterator[Bus
 
     async with session(state.config, state.data, claim=claim_of(state, claim), say=say) as bus:
         yield bus
+
+
+async def done(bus: Bus, request: Request[Any]) -> Any:
+    """
+    Have it done as a job, shown as it goes on; its result.
+
+    Raises the error that it failed with; exits with 1 when somebody has cancelled it.
+    """
+    from ..terminal import JobLines
+
+    job = await bus.submit(request)
+    with JobLines() as lines:
+        async with bus.follow(job.id) as changes:
+            async for job in changes:
+                lines.show(job)
+    if job.state == "done":
+        return job.result
+    if not job.error:
+        raise SystemExit(1)  # cancelled; the job's line has said so
+    raise BY_CODE.get(job.code, ServiceError)(job.error)
 
 
 def claim_of(state: State, claim: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Commands that manage: jobs, plugins, plugin new, models, users, call."""
+"""Commands that manage: jobs, plugins, plugin new, users, call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import AiirwkvError
-from ..types import REQUESTS, Jobs, Models, StreamRequest, Users
+from ..types import REQUESTS, Jobs, StreamRequest, Users
 from .common import State, as_json, claim, claim_of, cli, connected, fail, runs, say, show
 
 
@@ -130,32 +130,6 @@ def new(name: str, folder: Path) -> None:
     for path in files:
         click.echo(path)
     say(f"next: pip install -e {files[0].parent} && pytest {files[0].parent}")
-
-
-@cli.command()
-@claim
-@as_json
-@click.pass_obj
-@runs
-async def models(state: State, claim: str | None, as_json: bool) -> None:
-    """List base models, states and adapters."""
-    from ..terminal import table
-
-    async with connected(state, claim) as bus:
-        reply = await bus.call(Models("list"))
-    if as_json:
-        show(reply)
-        return
-    rows = [
-        [m.name, m.kind, m.version, _millions(m.parameters), "default" if m.default else "",
-         "demonstration" if m.demonstration else ""]
-        for m in reply.models
-    ]  # fmt: skip
-    click.echo(table(rows, ["model", "kind", "version", "parameters", "", ""]))
-
-
-def _millions(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.0f} K"
 
 
 @cli.command()

@@ -8,9 +8,8 @@ from typing import Any
 import click
 import msgspec
 
-from ..errors import BY_CODE, ServiceError
 from ..types import Tune, Tuned
-from .common import State, as_json, claim, cli, connected, runs, say, show
+from .common import State, as_json, claim, cli, connected, done, runs, say, show
 
 
 @cli.command()
@@ -32,21 +31,11 @@ async def tune(state: State, file: Path, name: str, claim: str | None, as_json: 
 
     FILE has one JSON object per line: {"prompt": …, "response": …}, {"messages": […]} or {"text": …}.
     """
-    from ..terminal import JobLines, clock
+    from ..terminal import clock
 
     async with connected(state, claim) as bus:
         uploaded = await bus.put(file, file.name)
-        job = await bus.submit(Tune(name, uploaded.id, **options))
-        with JobLines() as lines:
-            async with bus.follow(job.id) as changes:
-                async for change in changes:
-                    lines.show(change)
-                    job = change
-    if job.state != "done":
-        if not job.error:
-            raise SystemExit(1)  # cancelled; the job's line has said so
-        raise BY_CODE.get(job.code, ServiceError)(job.error)
-    tuned = msgspec.convert(job.result, Tuned)
+        tuned = msgspec.convert(await done(bus, Tune(name, uploaded.id, **options)), Tuned)
     if as_json:
         show(tuned)
         return
