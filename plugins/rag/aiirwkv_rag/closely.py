@@ -19,7 +19,7 @@ from .prompts import say
 from .turn import Turn
 from .words import alike, content
 
-__all__ = ["Reading", "clause", "read", "standing", "write"]
+__all__ = ["Reading", "clause", "conclude", "read", "reread", "standing", "write"]
 
 Ask = Callable[[str], Awaitable[str]]
 """Give the model a text to read, and get what it answers."""
@@ -47,10 +47,16 @@ async def write(turn: Turn) -> AsyncGenerator[str, None]:
     if not turn.evidence:
         yield turn.refuse()
         return
-    reading = await read(turn.question, turn.evidence, ask, str(turn.model.card.get("refusal", "")))
+    reading = await read(turn.question, turn.evidence, ask, turn.refusal)
+    turn.receipt.prompt = reading.evidence.reading
+    turn.note({reading.evidence.rank: "it holds the sentence that fits best"})
+    async for piece in conclude(turn, reading):
+        yield piece
+
+
+async def conclude(turn: Turn, reading: Reading) -> AsyncGenerator[str, None]:
+    """The answer, its sentence, or a refusal when that does not answer the question well enough."""
     best = reading.evidence
-    turn.receipt.prompt = best.reading
-    turn.note({best.rank: "it holds the sentence that fits best"})
     if turn.gated and (reading.strength < turn.settings.confidence or best.similarity < turn.settings.weak):
         yield turn.refuse()
         return
@@ -84,6 +90,13 @@ async def read(question: str, evidence: Sequence[Evidence], ask: Ask, refusal: s
         if answer and (given == part or answer.lower() in part.lower()):
             return Reading(best, said, answer)
     return Reading(best, said, "")
+
+
+def reread(turn: Turn, said: str, text: str, evidence: Sequence[Evidence]) -> Reading:
+    """What an answer to a longer text is worth: it must stand in one of its sentences, of which the best is taken."""
+    answer = standing(said, text, turn.question, turn.refusal)
+    holding = [item for item in evidence if answer and answer in item.sentence.text]
+    return Reading((holding or evidence)[0], said, answer if holding else "")
 
 
 def clause(question: str, text: str) -> str:

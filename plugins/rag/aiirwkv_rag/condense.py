@@ -9,7 +9,7 @@ from aiirwkv import Message
 
 from .words import topical_words
 
-__all__ = ["complete", "conversation", "refers"]
+__all__ = ["complete", "conversation", "dialogue", "refers"]
 
 ROUNDS = 6
 
@@ -37,7 +37,23 @@ def complete(question: str, earlier: Sequence[Message]) -> str:
 
 def conversation(earlier: Sequence[Message]) -> list[Message]:
     """The last rounds, from a question on."""
-    last = [message for message in earlier if message.role != "system"][-2 * ROUNDS :]
-    while last and last[0].role != "user":
-        last = last[1:]
-    return last
+    return _from_a_question([message for message in earlier if message.role != "system"][-2 * ROUNDS :])
+
+
+def dialogue(earlier: Sequence[Message]) -> list[Message]:
+    """
+    The last rounds for a model to go on from: six to eleven of them.
+
+    They begin with the same question for six rounds on end, so that what the model has read of them stays a beginning
+    of what it reads next.
+    """
+    said = _from_a_question([message for message in earlier if message.role != "system"])
+    questions = [place for place, message in enumerate(said) if message.role == "user"]
+    first = max(len(questions) // ROUNDS - 1, 0) * ROUNDS
+    return said[questions[first] :] if questions else []
+
+
+def _from_a_question(messages: list[Message]) -> list[Message]:
+    while messages and messages[0].role != "user":
+        messages = messages[1:]
+    return messages

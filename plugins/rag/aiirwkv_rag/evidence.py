@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
-from aiirwkv import Citation, Hit
+from aiirwkv import Citation, Hit, token_estimate
 
 from .expect import offers
 from .sentences import Sentence, split
 from .words import alike, content, names, topical, topical_words
 
-__all__ = ["ANSWER", "Evidence", "Limits", "closeness", "collect", "fit", "strangers", "synonyms", "tokens", "weigh"]
+__all__ = ["ANSWER", "Evidence", "Limits", "closeness", "collect", "fit", "strangers", "synonyms", "weigh"]
 
 MOST = 48
 """Sentences that are embedded for one question."""
@@ -125,12 +125,6 @@ UNKNOWN_TOKENS = 3000
 """Tokens of evidence for a model that does not say how much it reads well."""
 
 
-def tokens(text: str) -> int:
-    """About how many tokens a text has, whatever the vocabulary; rather too many than too few."""
-    plain = len(text.encode("ascii", "ignore"))
-    return math.ceil(plain / 3 + (len(text) - plain) * 1.5)
-
-
 def collect(question: str, hits: Sequence[Hit]) -> list[Evidence]:
     """The sentences of the passages; when there are very many, those that share most words with the question."""
     found: dict[tuple[str, int], Evidence] = {}
@@ -216,7 +210,7 @@ def fit(evidence: Sequence[Evidence], limits: Limits) -> list[list[Evidence]]:
     left = limits.tokens or UNKNOWN_TOKENS
     chosen: list[Evidence] = []
     for item in evidence:
-        cost = tokens(item.sentence.text)
+        cost = token_estimate(item.sentence.text)
         if item.rank in ranks and (not chosen or cost <= left):
             chosen.append(item)
             left -= cost

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiirwkv import Chat, ChatChunk, Context, Generate, Message, Model, Models, NoWorker, Plugin, hookimpl
 
-from . import closely, widely
+from . import closely, concat, parallel, widely
 from .condense import complete, conversation
 from .prompts import say
+from .texts import choose, only_document
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -51,10 +52,21 @@ class Rag(Plugin):
         turn.answer.receipt = turn.receipt
         yield ChatChunk(answer=turn.answer)
 
-    def _write(self, turn: Turn) -> AsyncGenerator[str, None]:
-        if turn.gated and turn.hopeless:
-            return turn.without_sources()
-        return closely.write(turn) if turn.model.demonstration else widely.write(turn)
+    async def _write(self, turn: Turn) -> AsyncGenerator[str, None]:
+        read, demonstration = turn.request.read, turn.model.demonstration
+        if read is None and not demonstration and only_document(turn):
+            read = "concat"
+        hopeless = turn.gated and turn.hopeless
+        texts = await choose(turn) if read and not hopeless else []
+        if hopeless:
+            writing = turn.without_sources()
+        elif texts:
+            writing = (parallel if read == "parallel" else concat).write(turn, texts)
+        else:
+            writing = closely.write(turn) if demonstration else widely.write(turn)
+        async with aclosing(writing) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def _query(self, turn: Turn) -> str:
         """What to search for: the question, made complete from the conversation when it refers to it."""

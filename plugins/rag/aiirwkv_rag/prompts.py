@@ -13,6 +13,9 @@ _TEXTS = {
         "{refusal}",
         "free": "Answer the question, in its language. Where a sentence rests on a numbered document, name it after "
         "the sentence, like [1].",
+        "below": "Answer from the text above only, in the language of the question. If it does not answer it, write "
+        "exactly: {refusal}\n{question}",
+        "below_free": "Answer the question, in its language. The text above may help.\n{question}",
         "refusal": "The documents do not say.",
         "condense": "Rewrite the last question so that it can be understood without the conversation. Write only the "
         "question.\n\n{conversation}\n\nLast question: {question}",
@@ -25,6 +28,8 @@ _TEXTS = {
         "sources": "只根据编号的文档，用问题的语言回答问题。每句话之后用 [1] 这样的编号注明所依据的文档。"
         "如果文档没有答案，只写：{refusal}",
         "free": "用问题的语言回答问题。如果某句话依据编号的文档，在句后用 [1] 这样的编号注明。",
+        "below": "只根据上文，用问题的语言回答问题。如果上文没有答案，只写：{refusal}\n{question}",
+        "below_free": "用问题的语言回答问题，可以参考上文。\n{question}",
         "refusal": "文档中没有说明。",
         "condense": "改写最后一个问题，使它不看对话也能理解。只写问题。\n\n{conversation}\n\n最后一个问题：{question}",
         "refused": "资料没有回答这个问题。最接近的段落写道：“{quote}” [1]",

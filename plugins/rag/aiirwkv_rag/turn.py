@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sized
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
-from aiirwkv import Answer, Chat, Considered, Embed, Generate, Hit, Message, Model, Receipt, Search, Stage
+from aiirwkv import (
+    Answer,
+    Chat,
+    Completion,
+    Considered,
+    Embed,
+    Generate,
+    Hit,
+    Message,
+    Model,
+    Receipt,
+    Search,
+    Stage,
+    Usage,
+)
 
-from .condense import conversation
+from .condense import dialogue
 from .evidence import Evidence, Limits, Synonyms, collect, fit, strangers, synonyms, weigh
 from .prompts import say
 
@@ -20,6 +34,9 @@ if TYPE_CHECKING:
     from .plugin import Rag
 
 __all__ = ["Turn"]
+
+PATIENCE = 600.0
+"""Seconds that a model may take for an answer that is not streamed."""
 
 
 class Turn:
@@ -32,6 +49,7 @@ class Turn:
         self.model = model
         self.settings = settings
         self.limits = msgspec.convert(model.card.get("limits") or {}, Limits, strict=False)
+        self.query = request.question
         self.hits: list[Hit] = []
         self.evidence: list[Evidence] = []
         self.groups: list[list[Evidence]] = []
@@ -57,6 +75,7 @@ class Turn:
     async def search(self, query: str) -> None:
         asked = self.request
         search = Search(query, asked.collections, asked.top, mode=asked.search, where=asked.where)
+        self.query = query
         found = await self.bus.call(search)
         self.hits, self.receipt = found.hits, found.receipt
         self.receipt.query = query
@@ -71,39 +90,59 @@ class Turn:
     async def weigh(self) -> None:
         """Cut the passages into sentences, score each against the question, and choose what the model may read."""
         with self.stage("weigh") as stage:
-            query = self.receipt.query
-            sentences = collect(query, self.hits)
-            if sentences:
-                (asked,) = (await self.bus.call(Embed([query], kind="query"))).rows()
-                vectors = (await self.bus.call(Embed([item.titled for item in sentences]))).rows()
-                self.evidence = weigh(self.question, sentences, asked, vectors)
-                if self.model.demonstration and (known := await self._synonyms()):
-                    self.evidence = weigh(self.question, sentences, asked, vectors, known)
+            sentences = collect(self.query, self.hits)
+            self.evidence = await self.weighed(sentences)
             self.groups = fit(self.evidence, self.limits)
             self.note(
                 {group[0].rank: f"{len(group)} sentence{'s' * (len(group) != 1)} to read" for group in self.groups}
             )
             stage.note = f"{len(sentences)} sentence{'s' * (len(sentences) != 1)}"
 
-    async def _synonyms(self) -> Synonyms:
+    async def weighed(self, sentences: Sequence[Evidence]) -> list[Evidence]:
+        """The sentences with their scores against the question, best first."""
+        if not sentences:
+            return []
+        (asked,) = (await self.bus.call(Embed([self.query], kind="query"))).rows()
+        vectors = (await self.bus.call(Embed([item.titled for item in sentences]))).rows()
+        evidence = weigh(self.question, sentences, asked, vectors)
+        if self.model.demonstration and (known := await self._synonyms(evidence)):
+            evidence = weigh(self.question, sentences, asked, vectors, known)
+        return evidence
+
+    async def _synonyms(self, evidence: Sequence[Evidence]) -> Synonyms:
         """Words of the question that the best sentences say otherwise."""
-        asked, theirs = strangers(self.question, self.evidence)
+        asked, theirs = strangers(self.question, evidence)
         if not asked or not theirs:
             return {}
         rows = (await self.bus.call(Embed([*asked, *theirs]))).rows()
         return synonyms(asked, theirs, rows[: len(asked)], rows[len(asked) :])
 
-    def note(self, kept: dict[int, str]) -> None:
-        """Say in the receipt which of the passages found the model reads, and why."""
-        places = {(hit.document, hit.start): rank for rank, hit in enumerate(self.hits)}
-        for seen in self.receipt.considered:
-            rank = places.get((seen.document, seen.start))
-            if rank is None:
-                continue
+    def note(self, kept: Mapping[int, str], others: Mapping[int, str] | None = None) -> None:
+        """Say in the receipt which of the passages found the answer comes from, by rank, and why not the others."""
+        for rank, seen in self._considered():
             if similar := [item.similarity for item in self.evidence if item.rank == rank]:
                 seen.scores["sentence"] = round(max(similar), 3)
             seen.kept = rank in kept
-            seen.reason = kept.get(rank, "other passages fit better")
+            seen.reason = kept.get(rank) or (others or {}).get(rank, "other passages fit better")
+
+    def score(self, name: str, scores: Mapping[int, float]) -> None:
+        """Add a score of passages found, by rank, to the receipt."""
+        for rank, seen in self._considered():
+            if rank in scores:
+                seen.scores[name] = round(scores[rank], 3)
+
+    def _considered(self) -> Iterator[tuple[int, Considered]]:
+        """The passages found, by rank, in the receipt."""
+        places = {(hit.document, hit.start): rank for rank, hit in enumerate(self.hits)}
+        for seen in self.receipt.considered:
+            rank = places.get((seen.document, seen.start))
+            if rank is not None:
+                yield rank, seen
+
+    @property
+    def refusal(self) -> str:
+        """What the model says when the texts do not answer the question."""
+        return str(self.model.card.get("refusal") or say("refusal", self.question))
 
     @property
     def hopeless(self) -> bool:
@@ -139,7 +178,7 @@ class Turn:
 
     def dialogue(self) -> list[Message]:
         """The last rounds and the question."""
-        return [*conversation(self.request.messages), Message("user", self.question)]
+        return [*dialogue(self.request.messages), Message("user", self.question)]
 
     # Generate
 
@@ -148,13 +187,34 @@ class Turn:
         async with aclosing(self.stream(generate)) as pieces:
             return "".join([piece async for piece in pieces])
 
+    async def whole(self, generate: Generate) -> Completion:
+        """The same with the tokens' probabilities; nothing comes before all is there."""
+        written = await self.bus.call(
+            self._complete(msgspec.structs.replace(generate, logprobs=True)), to=self._plugin, timeout=PATIENCE
+        )
+        self._count(written.usage)
+        self.answer.model = written.model or self.answer.model
+        return written
+
     async def stream(self, generate: Generate) -> AsyncGenerator[str, None]:
         """Generate with the model, state and sampling that the request names; counts the tokens."""
-        asked, usage = self.request, self.answer.usage
-        plugin, _, name = (asked.model or "").rpartition("/")
-        asking = msgspec.structs.replace(
+        async with self.bus.stream(self._complete(generate), to=self._plugin) as chunks:
+            async for chunk in chunks:
+                self.answer.model = chunk.model or self.answer.model
+                if chunk.usage:
+                    self._count(chunk.usage)
+                if chunk.text:
+                    yield chunk.text
+
+    @property
+    def _plugin(self) -> str | None:
+        return (self.request.model or "").rpartition("/")[0] or None
+
+    def _complete(self, generate: Generate) -> Generate:
+        asked = self.request
+        return msgspec.structs.replace(
             generate,
-            model=name or None,
+            model=(asked.model or "").rpartition("/")[2] or None,
             state=asked.state,
             adapter=asked.adapter,
             conversation=asked.conversation,
@@ -163,16 +223,7 @@ class Turn:
             temperature=asked.temperature if generate.temperature is None else generate.temperature,
             max_tokens=asked.max_tokens if generate.max_tokens is None else generate.max_tokens,
         )
-        async with self.bus.stream(asking, to=plugin or None) as chunks:
-            async for chunk in chunks:
-                self.answer.model = chunk.model or self.answer.model
-                if chunk.usage:
-                    usage.prompt += chunk.usage.prompt
-                    usage.cached += chunk.usage.cached
-                    usage.completion += chunk.usage.completion
-                if chunk.text:
-                    yield chunk.text
 
-
-def _sentences(some: Sized) -> str:
-    return f"{len(some)} sentence{'s' * (len(some) != 1)}"
+    def _count(self, usage: Usage) -> None:
+        for field in Usage.__struct_fields__:
+            setattr(self.answer.usage, field, getattr(self.answer.usage, field) + getattr(usage, field))

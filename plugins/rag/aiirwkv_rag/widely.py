@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from aiirwkv import Embed, Generate, Message
@@ -12,18 +12,26 @@ from .evidence import Evidence, closeness
 from .prompts import say
 from .turn import Turn
 
-__all__ = ["check", "write"]
+__all__ = ["answer", "check", "write"]
 
 
 async def write(turn: Turn) -> AsyncGenerator[str, None]:
     """The answer as it is written, without marks of passages that were not sent; then the marks it forgot."""
     documents = [_document(number, group) for number, group in enumerate(turn.groups, 1)]
-    refusal = str(turn.model.card.get("refusal") or say("refusal", turn.question))
-    system = say("sources" if turn.gated else "free", turn.question, refusal=refusal)
+    system = say("sources" if turn.gated else "free", turn.question, refusal=turn.refusal)
     turn.receipt.prompt = "\n\n".join([system, *documents, turn.question])
-    marks = Marks(range(1, len(documents) + 1), refusal if turn.gated else "")
-    text = ""
+    marks = Marks(range(1, len(documents) + 1), turn.refusal if turn.gated else "")
     asking = Generate(messages=[Message("system", system), *turn.dialogue()], documents=documents)
+    async with aclosing(answer(turn, asking, marks)) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+async def answer(
+    turn: Turn, asking: Generate, marks: Marks, evidence: Callable[[str], Awaitable[list[list[Evidence]]]] | None = None
+) -> AsyncGenerator[str, None]:
+    """What the model says, checked against the evidence, which may depend on what it says; or a refusal instead."""
+    text = ""
     async with aclosing(turn.stream(asking)) as pieces:
         async for piece in pieces:
             if ready := marks.feed(piece):
@@ -37,6 +45,8 @@ async def write(turn: Turn) -> AsyncGenerator[str, None]:
     if ready := marks.rest():
         text += ready
         yield ready
+    if evidence:
+        turn.groups = await evidence(text)
     if forgotten := await check(turn, text):
         yield forgotten
 
