@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .model import RWKV, architecture
 
-__all__ = ["UNUSED", "load"]
+__all__ = ["UNUSED", "finite", "load", "loading"]
 
 UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
 """Official files of RWKV-7 hold these of layer 0, which has no layer below to mix its values with."""
@@ -20,23 +22,11 @@ UNUSED = {f"blocks.0.att.v{i}" for i in range(3)}
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> RWKV:
-    """
-    The model in a file; without `dtype`, in the type of its embedding. On a CPU, a tensor that has the right type
-    already is the file's own memory; it is read when it is first used. Tuned initial states stay float32.
-
-    Raises PluginError when the file is not one whole RWKV-6 or RWKV-7 of finite numbers, or does not fit into memory.
-    """
+@contextmanager
+def loading(path: Path, device: torch.device) -> Iterator[None]:
+    """Turns what can be wrong with a file of weights into a PluginError that says what it is and what to do."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            model, stored = _module(file)
-            dtype = dtype or stored
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118
-                if name not in UNUSED:
-                    wanted = torch.float32 if name.endswith(".time_state") else dtype
-                    tensors[name] = _finite(name, file.get_tensor(name), wanted)
-        model.load_state_dict(tensors, assign=True)
+        yield
     except (SafetensorError, OSError) as error:
         raise PluginError(
             f"the model {path} cannot be loaded: it is no safetensors file, or only a part of one ({error}); "
@@ -49,6 +39,24 @@ def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> 
         ) from None
     except (ValueError, RuntimeError) as error:
         raise PluginError(f"the model {path} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
+
+
+def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> RWKV:
+    """
+    The model in a file; without `dtype`, in the type of its embedding. On a CPU, a tensor that has the right type
+    already is the file's own memory. Tuned initial states stay float32.
+
+    Raises PluginError when the file is not one whole RWKV-6 or RWKV-7 of finite numbers, or does not fit into memory.
+    """
+    with loading(path, device), safe_open(path, framework="pt", device=str(device)) as file:
+        model, stored = _module(file)
+        dtype = dtype or stored
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118
+            if name not in UNUSED:
+                wanted = torch.float32 if name.endswith(".time_state") else dtype
+                tensors[name] = finite(name, file.get_tensor(name), wanted)
+        model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -74,7 +82,7 @@ def _module(file: Any) -> tuple[RWKV, torch.dtype]:
     return model, TYPES[file.get_slice("emb.weight").get_dtype()]
 
 
-def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In the type wanted. The least and the greatest number are enough to tell, and not a number wins over both."""
     converted = tensor.to(dtype)
     if tensor.numel() and not all(map(torch.isfinite, converted.aminmax())):

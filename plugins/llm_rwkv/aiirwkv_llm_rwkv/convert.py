@@ -159,7 +159,7 @@ def _write(content: Mapping[str, Tensor], file: BinaryIO) -> None:
     text += b" " * (-(8 + len(text)) % 64)  # the numbers begin where vector instructions like them to
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in content.values():
-        file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _main(source: str, part: str, seconds: str) -> int:
