@@ -13,7 +13,8 @@ class Output:
     """
     The text of one answer, token by token.
 
-    What could be the beginning of a stop string is held back until it is known not to be one. With `strip`, white space
+    It ends before the stop string that is complete first, the longest one if several are, however the text was cut
+    into tokens. What could be the beginning of one is held back until it is known not to be. With `strip`, white space
     before the first word is left out.
     """
 
@@ -27,10 +28,10 @@ class Output:
     def add(self, token: bytes) -> str:
         """What can be shown now; `stopped` says whether a stop string was completed."""
         self._held += self._utf8.add(token)
-        ends = [at for string in self._stop if (at := self._held.find(string)) >= 0]
-        if ends:
+        found = [(at + len(string), at) for string in self._stop if (at := self._held.find(string)) >= 0]
+        if found:
             self.stopped = True
-            return self._show(min(ends))
+            return self._show(min(found)[1])
         return self._show(len(self._held) - max((_overlap(self._held, string) for string in self._stop), default=0))
 
     def end(self) -> str:
