@@ -23,6 +23,14 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def amount(size: int) -> str:
+    """Bytes, in the unit that suits them."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= one:
+            return f"{size / one:.1f} {unit}"
+    return f"{size} bytes"
+
+
 def plain(text: str) -> str:
     """Text on one line without what a terminal would obey; names come from files that others made."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
@@ -129,6 +137,7 @@ def outcome(job: Job) -> str:
     parts = []
     for document in documents:
         chunks = f", {count(document['chunks'], 'chunk')}" if document.get("chunks") else ""
+        chunks += ", read" if document.get("read") else ""
         reason = f" ({document['reason']})" if document.get("reason") else ""
         name = f"{short(document['name'], WIDTH)}: " if len(documents) > 1 else ""
         parts.append(f"{name}{document['state']}{chunks}{reason}")
@@ -145,4 +154,4 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     )
 
 
-__all__ = ["JobLines", "clock", "count", "outcome", "plain", "short", "table", "title"]
+__all__ = ["JobLines", "amount", "clock", "count", "outcome", "plain", "short", "table", "title"]

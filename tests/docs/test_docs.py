@@ -226,14 +226,19 @@ def test_a_command_and_its_options(path: str) -> None:
         if isinstance(parameter, click.Argument):
             assert (parameter.name or "").upper() in text or isinstance(parameter.type, click.Choice), parameter.name
         elif isinstance(parameter, click.Option) and not parameter.hidden:
-            for name in parameter.opts:
+            for name in [*parameter.opts, *parameter.secondary_opts]:
                 assert f"`{name}`" in text, name
 
 
 def test_no_command_or_option_is_made_up() -> None:
     named = re.findall(r"^##+ (aiirwkv(?: \w+)*)$", PAGES["docs/commands.md"], re.M)
     assert set(named) <= set(COMMANDS)
-    known = {name for command in COMMANDS.values() for parameter in command.params for name in parameter.opts}
+    known = {
+        name
+        for command in COMMANDS.values()
+        for parameter in command.params
+        for name in [*parameter.opts, *parameter.secondary_opts]
+    }
     assert set(re.findall(r"`(--[\w-]+)`", PAGES["docs/commands.md"])) <= known | {"--help"}
 
 

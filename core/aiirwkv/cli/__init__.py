@@ -6,6 +6,7 @@ from . import documents as documents
 from . import manage as manage
 from . import models as models
 from . import running as running
+from . import states as states
 from . import tuning as tuning
 from .common import cli, fail
 

@@ -12,8 +12,8 @@ import click
 import msgspec
 
 from ..errors import ConfigError, NoWorker
-from ..types import Answer, Chat, Collections, CollectionsReply, Document, Index, Indexed, Search, Source
-from .common import State, as_json, claim, cli, connected, runs, say, show
+from ..types import Answer, Chat, Collections, CollectionsReply, Document, Index, Indexed, Search, Source, Usage
+from .common import State, as_json, claim, cli, connected, done, runs, say, show
 
 if TYPE_CHECKING:
     from ..bus import Bus
@@ -28,11 +28,14 @@ PATIENCE = 3.0
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--collection", "-c", required=True, help="Where to put them; made if need be.")
+@click.option("--read/--no-read", default=None, help="Have the model read them too, once [as the collection is set].")
 @claim
 @as_json
 @click.pass_obj
 @runs
-async def index(state: State, paths: tuple[Path, ...], collection: str, claim: str | None, as_json: bool) -> None:
+async def index(
+    state: State, paths: tuple[Path, ...], collection: str, read: bool | None, claim: str | None, as_json: bool
+) -> None:
     """Read files and folders into a collection."""
     import time
 
@@ -54,7 +57,7 @@ async def index(state: State, paths: tuple[Path, ...], collection: str, claim: s
                 uploaded = await bus.put(path, name)
                 uploads.append(uploaded.id)
                 source = Source(uploaded.id, name=name, media_type=uploaded.media_type)
-                names[(await bus.submit(Index(collection, [source]), group=group)).id] = name
+                names[(await bus.submit(Index(collection, [source], read), group=group)).id] = name
             async with bus.follow(group=group) as changes:
                 async for job in changes:
                     lines.show(job)
@@ -170,6 +173,12 @@ async def search(
 @click.option("--model", help="[plugin/]name of a base model.")
 @click.option("--state", "tuned", help="A tuned state.")
 @click.option("--top", default=5, show_default=True, help="How many passages to look at.")
+@click.option(
+    "--read",
+    type=click.Choice(["concat", "parallel"]),
+    help="Give the model whole passages: one after another, or each by itself [the sentences that fit best].",
+)
+@click.option("--receipt", is_flag=True, help="Show how the answer came about.")
 @claim
 @as_json
 @click.pass_obj
@@ -182,11 +191,13 @@ async def ask(
     model: str | None,
     tuned: str | None,
     top: int,
+    read: Any,
+    receipt: bool,
     claim: str | None,
     as_json: bool,
 ) -> None:
     """Ask a question about your documents."""
-    request = Chat(question, [], list(collections), mode, top, model=model, state=tuned)
+    request = Chat(question, [], list(collections), mode, top, read=read, model=model, state=tuned)
     answer: Answer | None = None
     async with connected(state, claim) as bus, bus.stream(request) as chunks:
         async for chunk in chunks:
@@ -206,8 +217,42 @@ async def ask(
             page = f", page {citation.page}" if citation.page else ""
             place = click.style(f"[{citation.number}] {citation.document}{page}", bold=True)
             click.echo(f"  {place} · {' '.join(citation.text.split())}")
+        if receipt:
+            _show_receipt(answer)
         if answer.demonstration:
             say(f"  ({answer.model} is a small demonstration model; see the README for a real one)")
+
+
+def _show_receipt(answer: Answer) -> None:
+    """What was searched for, each step with its time, each passage with its scores, and what was read."""
+    from ..terminal import count, table
+
+    receipt = answer.receipt
+    click.echo(f"\nsearched for: {receipt.query}\n")
+    click.echo(table([[s.name, f"{1000 * s.seconds:.0f} ms", s.note] for s in receipt.stages], ["step", "time", ""]))
+    rows = [
+        [
+            "✓" if seen.kept else "",
+            f"{seen.document}{f', page {seen.page}' if seen.page else ''} · {seen.start}–{seen.end}",
+            " ".join(f"{name} {score:.3g}" for name, score in seen.scores.items()),
+            seen.reason,
+        ]
+        for seen in receipt.considered
+    ]
+    click.echo(f"\n{table(rows, ['', 'passage', 'scores', 'why'])}")
+    wrote = f", wrote {count(answer.usage.completion, 'token')}" if answer.usage.completion else ""
+    click.echo(f"\n{answer.model or 'the model'} {_reading(answer.usage)}{wrote}")
+
+
+def _reading(usage: Usage) -> str:
+    """How much of the prompt had to be read."""
+    from ..terminal import amount, count
+
+    if not usage.cached:
+        return f"read {count(usage.prompt, 'token')}"
+    size = f" of {amount(usage.bytes)}" if usage.bytes else ""
+    kept = f"{usage.cached} from {count(usage.hits, 'kept state')}{size}" if usage.hits else f"{usage.cached} kept"
+    return f"read {usage.prompt - usage.cached} of {usage.prompt} tokens ({kept})"
 
 
 @cli.group(invoke_without_command=True)
@@ -249,11 +294,19 @@ def list_collections(reply: CollectionsReply) -> None:
     """List the collections you may read."""
     from ..terminal import table
 
-    rows = [[c.name, str(c.documents), str(c.chunks), c.owner, c.embedder, c.description] for c in reply.collections]
-    click.echo(table(rows, ["name", "documents", "chunks", "owner", "embedder", "description"]))
+    rows = [
+        [c.name, str(c.documents), str(c.chunks), c.owner, c.embedder, "yes" if c.read else "", c.description]
+        for c in reply.collections
+    ]
+    click.echo(table(rows, ["name", "documents", "chunks", "owner", "embedder", "read", "description"]))
 
 
-@_collections("create", click.argument("name"), click.option("--description", default=None))
+@_collections(
+    "create",
+    click.argument("name"),
+    click.option("--description", default=None),
+    click.option("--read", is_flag=True, default=None, help="Have the model read what is indexed into it, once."),
+)
 def create_collection(reply: CollectionsReply, name: str, **_: Any) -> None:
     """Make an empty collection."""
     say(f"made {name}")
@@ -270,8 +323,33 @@ def list_documents(reply: CollectionsReply, name: str) -> None:
     """List the documents of a collection."""
     from ..terminal import table
 
-    rows = [[d.name, d.state, str(d.chunks), str(d.pages), d.reason] for d in reply.documents]
-    click.echo(table(rows, ["document", "state", "chunks", "pages", "reason"]))
+    rows = [[d.name, d.state, str(d.chunks), str(d.pages), d.read or "", d.reason] for d in reply.documents]
+    click.echo(table(rows, ["document", "state", "chunks", "pages", "read", "reason"]))
+
+
+@collections.command()
+@click.argument("name")
+@click.option("--document", default="", help="Only this document.")
+@click.option("--off", is_flag=True, help="Have it forget them.")
+@claim
+@as_json
+@click.pass_obj
+@runs
+async def read(state: State, name: str, document: str, off: bool, claim: str | None, as_json: bool) -> None:
+    """Have the model read what is in a collection, and what comes; questions then cost only their own tokens."""
+    from ..terminal import count
+
+    async with connected(state, claim) as bus:
+        request = Collections("describe", name=name, document=document, read=not off)
+        reply = msgspec.convert(await done(bus, request), CollectionsReply)
+    if as_json:
+        show(reply)
+    elif off:
+        say(f"forgot {document or name}")
+    elif not document:
+        say("\n".join([f"read {count(reply.count, 'document')} of {name}", *reply.problems]))
+    if reply.problems or any(not off and not document.read for document in reply.documents):
+        raise SystemExit(1)
 
 
 @_collections(
