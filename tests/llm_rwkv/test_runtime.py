@@ -30,10 +30,13 @@ def random_model(seed: int = 0) -> RWKV:
     return model.eval().requires_grad_(False)
 
 
-def random_adapter(model: RWKV, seed: int) -> Low:
+NAMES = ("blocks.0.att.key", "blocks.1.ffn.value", "blocks.2.att.output", "head")
+
+
+def random_adapter(model: RWKV, seed: int, names: Sequence[str] = NAMES) -> Low:
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
-    for name in ("blocks.0.att.key", "blocks.1.ffn.value", "blocks.2.att.output", "head"):
+    for name in names:
         outputs, inputs = model.get_submodule(name).weight.shape  # type: ignore[union-attr, operator, misc]
         a, b = torch.randn(4, inputs, generator=generator), torch.randn(outputs, 4, generator=generator)
         deltas[name] = (a * 0.05, b * 0.2)

@@ -51,7 +51,8 @@ def parameters(model: type[RWKV], sizes: Sizes) -> tuple[int, int, int]:
     """How many parameters are in the embedding, in the linears of the layers, and elsewhere."""
     with torch.device("meta"):
         empty = model(sizes)
-    linears = sum(m.weight.numel() for name, m in empty.named_modules() if isinstance(m, Linear) and name != "head")
+    within = [m for name, m in empty.named_modules() if isinstance(m, Linear) and name != "head"]
+    linears: int = sum(linear.weight.numel() for linear in within)
     embedding = empty.emb.weight.numel()
     return embedding, linears, sum(p.numel() for p in empty.parameters()) - embedding - linears
 
