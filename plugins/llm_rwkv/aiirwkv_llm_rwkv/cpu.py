@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .kernels import compiled as k
 from .kernels.matmul import WIDTH
-from .linear import NEVER, Arena, Matrix, Plan, Precision, make_plan
+from .linear import Arena, Matrix, Plan, Precision, make_plan
 from .model import RWKV, Block
 from .runtime import Adapter, Piece, check, scarce
 
@@ -273,8 +273,10 @@ class CpuRuntime:
             self._ln0, self._ln_out = _norm(model.layers[0].ln0), _norm(model.ln_out)
             arena = Arena()
             self._layers = [LAYERS[model.version](block, i, plan, arena) for i, block in enumerate(model.layers)]
-            # torch does not pay for the few rows that need logits, and would need a copy
-            self._head = Matrix(model.head.weight, Plan(precision, threads, NEVER, ""), arena=arena)
+            # for the few rows that need logits, a second copy of the largest matrix would not pay
+            self._head = Matrix(
+                model.head.weight, plan if plan.way == "tiles" else Plan(precision, threads), arena=arena
+            )
         self.room: dict[str, Array] = {}
         self.states = np.zeros((0, self.layout.size), np.float32)
         self.grow(slots)

@@ -18,7 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .kernels.matmul import GROUP, WIDTH, matmul, matmul4, matmul4_parallel, matmul_parallel, pack, pack4, scale
+from .kernels import tiles
+from .kernels.int4 import GROUP, matmul4, matmul4_parallel, pack4
+from .kernels.matmul import WIDTH, matmul, matmul_parallel, pack, scale
 
 __all__ = ["NEVER", "PRECISIONS", "Arena", "Matrix", "Plan", "Precision", "make_plan"]
 
@@ -33,14 +35,18 @@ SPARSE = 0.4
 NONE = np.zeros(1, np.int64)
 
 
+Way = Literal["tiles", "torch"]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How to multiply in a precision: from `many` rows on by torch, in bfloat16, otherwise by our kernel."""
+    """How to multiply in a precision: from `many` rows on in a `way` of the processor's own, otherwise by our kernel."""
 
     precision: Precision
     threads: int
-    many: int
-    reason: str
+    many: int = NEVER
+    way: Way = "torch"
+    reason: str = ""
 
 
 class Arena:
@@ -83,9 +89,7 @@ class Matrix:
         self._packed: Any = None
         panels, self._groups = self._stored(weights)
         self._panels = arena.place(panels) if arena else panels
-        if plan.precision == "bfloat16" and plan.many < NEVER:
-            rows = torch.nn.functional.pad(weights.to(torch.bfloat16), (0, 0, 0, self.width - self.outputs))
-            self._packed = _reordered(rows.contiguous())
+        self._many = self._ways(weights)
 
     @property
     def bytes(self) -> int:
@@ -106,16 +110,28 @@ class Matrix:
             return pack(weights.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()), None
         return pack(weights.float().contiguous().numpy()), None
 
+    def _ways(self, weights: Tensor) -> Callable[[Array, Array], None] | None:
+        """How to multiply many rows, if not as few."""
+        precision, way = self.plan.precision, self.plan.way
+        if self.plan.many == NEVER or self._panels.dtype == np.float32:
+            return None
+        if way == "tiles":
+            return self._by_tiles if self.inputs % tiles.STEP == 0 else None
+        if precision == "bfloat16":
+            rows = torch.nn.functional.pad(weights.to(torch.bfloat16), (0, 0, 0, self.width - self.outputs))
+            self._packed = _reordered(rows.contiguous())
+        return self._by_torch if precision != "float32" else None
+
     def __call__(self, x: Array, y: Array) -> Array:
         """x [rows, inputs] → y [rows, width], both float32 and contiguous."""
-        if len(x) >= self.plan.many:
+        if self._many and len(x) >= self.plan.many:
             self._many(x, y)
         elif self._groups is not None:
             (matmul4_parallel if self._parallel else matmul4)(self._panels, self._groups, x, y)
         else:
             (matmul_parallel if self._parallel else matmul)(self._panels, x, y, NONE, False)
-            if self._scale is not None:
-                scale(y, self._scale)
+        if self._scale is not None:
+            scale(y, self._scale)
         return y
 
     def pays(self, count: int) -> bool:
@@ -133,14 +149,22 @@ class Matrix:
             scale(y, self._scale)
         return y
 
-    def _many(self, x: Array, y: Array) -> None:
+    def _by_tiles(self, x: Array, y: Array) -> None:
+        terms = 3 if self.plan.precision == "float32" else 1
+        a = np.empty((terms, -(-len(x) // 16), self.inputs // tiles.STEP, 16, tiles.STEP), np.uint16)
+        tiles.split(x, a)
+        if self._groups is not None:
+            run4 = tiles.tiles4_parallel if self._parallel else tiles.tiles4
+            run4(self._panels, self._groups, a, y, tiles.CONFIG)
+        elif self._panels.dtype == np.int8:
+            (tiles.tiles8_parallel if self._parallel else tiles.tiles8)(self._panels, a, y, tiles.CONFIG)
+        else:
+            (tiles.tiles16_parallel if self._parallel else tiles.tiles16)(self._panels, a, y, tiles.CONFIG)
+
+    def _by_torch(self, x: Array, y: Array) -> None:
         rows = torch.from_numpy(x).to(torch.bfloat16)
-        if self._packed is not None:
-            torch.from_numpy(y).copy_(_multiplied(rows, self._packed))
-            return
-        torch.from_numpy(y).copy_(rows @ self._wide())
-        if self._scale is not None:
-            scale(y, self._scale)
+        product = rows @ self._wide() if self._packed is None else _multiplied(rows, self._packed)
+        torch.from_numpy(y).copy_(product)
 
     def _wide(self) -> Tensor:
         """The weights, but for `_scale`, as bfloat16 [inputs, width], for one product only; it holds every int8."""
@@ -166,36 +190,37 @@ def _multiplied(rows: Tensor, packed: Any) -> Tensor:
 
 def make_plan(precision: Precision, threads: int, outputs: int, inputs: int) -> Plan:
     """
-    Find out, on random weights of this shape, from how many rows on torch in bfloat16 is faster than our own kernel.
+    Find out, on random weights of this shape, from how many rows on the processor's own ways beat our kernel.
 
     Takes about a tenth of a second once the kernels are compiled.
     """
-    own = Plan(precision, threads, NEVER, "")
-    if precision == "float32":
-        return Plan(precision, threads, NEVER, "our kernel: exact, with the weights as they are stored")
+    way: Way = "tiles" if tiles.available() else "torch"
+    name = {"tiles": "tiles of the processor (AMX)", "torch": "torch in bfloat16"}[way]
+    exact = precision == "float32"
+    if exact and way == "torch":
+        return Plan(precision, threads, reason="our kernel: exact, with the weights as they are stored")
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(min(outputs, 4096), min(inputs, 4096), generator=generator)
+    weights = torch.randn(min(outputs, 4096), min(inputs, 4096), generator=generator).to(torch.bfloat16)
     try:
-        ours, theirs = Matrix(weights, own), Matrix(weights, Plan(precision, threads, 0, ""))
+        ours, theirs = Matrix(weights, Plan(precision, threads)), Matrix(weights, Plan(precision, threads, 0, way))
         many, told = NEVER, ""
-        for rows in (256, 64, 16, 8, 4):
+        for rows in (256, 64, 16, 8, 4, 2):
             x = torch.randn(rows, ours.inputs, generator=generator).numpy()
             y = np.empty((rows, ours.width), np.float32)
             expected = ours(x, y).copy()
             error = float(np.abs(theirs(x, y) - expected).max() / np.abs(expected).max())
-            if not error < 0.03:
-                return Plan(precision, threads, NEVER, f"our kernel: torch's results are off by {error:.1%}")
+            if not error < (1e-5 if exact else 0.03):
+                return Plan(precision, threads, reason=f"our kernel: the results of {name} are off by {error:.1e}")
             mine, other = _seconds(lambda: ours(x, y)), _seconds(lambda: theirs(x, y))  # noqa: B023
             if other > 0.95 * mine:
                 break
             many, told = rows, told or f"{mine / other:.1f} × as fast at {rows} rows"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return Plan(
-            precision, threads, NEVER, f"our kernel: torch cannot do it here ({str(error).partition(chr(10))[0]})"
-        )
+        reason = str(error).partition("\n")[0]
+        return Plan(precision, threads, reason=f"our kernel: {name} cannot be used here ({reason})")
     if many == NEVER:
-        return Plan(precision, threads, many, "our kernel: torch in bfloat16 is not faster on this processor")
-    return Plan(precision, threads, many, f"torch in bfloat16 from {many} rows on ({told}), our kernel below")
+        return Plan(precision, threads, reason=f"our kernel: {name} is not faster on this processor")
+    return Plan(precision, threads, many, way, f"{name} from {many} rows on ({told}), our kernel below")
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -11,7 +11,6 @@ High-Performance Matrix Multiplication", 2008.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import llvmlite.binding
@@ -23,7 +22,7 @@ from numba.core import cgutils
 
 from .jit import compiled, emitted, parallel
 
-__all__ = ["GROUP", "WIDTH", "matmul", "matmul4", "matmul4_parallel", "matmul_parallel", "pack", "pack4", "scale"]
+__all__ = ["LANES", "VECTORS", "WIDTH", "matmul", "matmul_parallel", "pack", "scale"]
 
 Array = npt.NDArray[Any]
 
@@ -35,23 +34,48 @@ WIDTH = VECTORS * LANES
 AHEAD = 4096
 """Bytes that are fetched before they are used: processors do not look beyond a page of their own accord."""
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VF, _VI = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
-def _size(integer: int) -> ir.Constant:
-    return ir.Constant(_I64, integer)
+def spread(builder: Any, address: Any) -> Any:
+    """The float32 at an address, in all lanes."""
+    value = builder.load(builder.inttoptr(address, F32.as_pointer()), align=4)
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * LANES))
 
 
-def _widen(builder: Any, kind: Any, address: Any) -> Any:
-    """LANES weights at an address, as float32."""
-    bits = kind.dtype.bitwidth
-    raw = builder.load(builder.inttoptr(address, ir.VectorType(ir.IntType(bits), LANES).as_pointer()), align=1)
-    if bits == 32:
-        return builder.bitcast(raw, _VF)
-    if bits == 16:  # bfloat16: the upper half of a float32
-        return builder.bitcast(builder.shl(builder.zext(raw, _VI), ir.Constant(_VI, [16] * LANES)), _VF)
-    return builder.sitofp(builder.sext(raw, _VI), _VF)
+def fused(builder: Any) -> Any:
+    """The function a · b + c of vectors."""
+    return cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), f"llvm.fma.v{LANES}f32"
+    )
+
+
+def prefetch(builder: Any, address: Any, length: int) -> None:
+    """Fetch the lines of so many bytes into the cache."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for at in range(0, length, 64):
+        pointer = builder.inttoptr(builder.add(address, size(at)), I8.as_pointer())
+        builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+
+
+def size(integer: int) -> ir.Constant:
+    return ir.Constant(I64, integer)
+
+
+def _load(builder: Any, bits: int, address: Any) -> Any:
+    """LANES integers of so many bits, widened to 32."""
+    kind = ir.VectorType(ir.IntType(bits), LANES)
+    raw = builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+    return raw if bits == 32 else builder.sext(raw, INTS)
+
+
+def _upper(builder: Any, pairs: Any, shift: Any) -> Any:
+    """The bfloat16 of each pair that a shift moves up, as float32, whose upper half it is."""
+    moved = builder.shl(pairs, shift)
+    return builder.bitcast(builder.and_(moved, ir.Constant(INTS, [0xFFFF0000] * LANES)), FLOATS)
 
 
 @emitted
@@ -69,34 +93,43 @@ def _block(typingctx: Any, weights: Any, rows: Any, sparse: Any, w: Any, x: Any,
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         _, _, _, w, x, stride, y, out, count, chosen, ahead = arguments
-        item = weights.dtype.bitwidth // 8
-        line = WIDTH * item
-        sums = [
-            [cgutils.alloca_once_value(b, ir.Constant(_VF, [0.0] * LANES)) for _ in range(VECTORS)] for _ in range(M)
-        ]
-        fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VF, [_VF] * 3), f"llvm.fma.v{LANES}f32")
-        prefetch = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0"
-        )
-        starts = [b.add(x, b.mul(stride, _size(m))) for m in range(M)]
-        with cgutils.for_range_slice(b, _size(0), count, _size(1), _I64) as (i, _):
-            k = b.load(b.inttoptr(b.add(chosen, b.mul(i, _size(8))), _I64.as_pointer())) if gather else i
-            here = b.mul(k, _size(line))
+        bits = weights.dtype.bitwidth
+        paired = bits == 16
+        together = 2 if paired and not gather else 1
+        line = WIDTH * (4 if paired else bits // 8)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        sums = [[cgutils.alloca_once_value(b, zero) for _ in range(VECTORS)] for _ in range(M)]
+        fma = fused(b)
+        starts = [b.add(x, b.mul(stride, size(m))) for m in range(M)]
+        with cgutils.for_range_slice(b, size(0), count, size(together), I64) as (i, _):
+            k = b.load(b.inttoptr(b.add(chosen, b.mul(i, size(8))), I64.as_pointer())) if gather else i
+            here = b.mul(b.lshr(k, size(1)) if paired else k, size(line))
             if not gather:
-                for at in range(0, line, 64):
-                    address = b.inttoptr(b.add(b.add(ahead, here), _size(at)), _I8.as_pointer())
-                    b.call(prefetch, [address, ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)])
-            panel = [_widen(b, weights, b.add(b.add(w, here), _size(v * LANES * item))) for v in range(VECTORS)]
-            for m in range(M):
-                value = b.load(b.inttoptr(b.add(starts[m], b.mul(i, _size(4))), _F32.as_pointer()), align=4)
-                one = b.insert_element(ir.Constant(_VF, ir.Undefined), value, ir.Constant(_I32, 0))
-                spread = b.shuffle_vector(one, ir.Constant(_VF, ir.Undefined), ir.Constant(_VI, [0] * LANES))
-                for v in range(VECTORS):
-                    b.store(b.call(fma, [panel[v], spread, b.load(sums[m][v])]), sums[m][v])
+                prefetch(b, b.add(ahead, here), line)
+            at = [b.add(b.add(w, here), size(v * line // VECTORS)) for v in range(VECTORS)]
+            if paired:
+                pairs = [_load(b, 32, address) for address in at]
+                odd = ir.Constant(INTS, [0] * LANES)
+                if gather:
+                    shift = b.shl(b.sub(size(1), b.and_(k, size(1))), size(4))
+                    lane = b.insert_element(ir.Constant(INTS, ir.Undefined), b.trunc(shift, I32), ir.Constant(I32, 0))
+                    shifts = [b.shuffle_vector(lane, ir.Constant(INTS, ir.Undefined), odd)]
+                else:
+                    shifts = [ir.Constant(INTS, [16] * LANES), odd]
+                panels = [[_upper(b, pair, shift) for pair in pairs] for shift in shifts]
+            elif bits == 8:
+                panels = [[b.sitofp(_load(b, 8, address), FLOATS) for address in at]]
+            else:
+                panels = [[b.bitcast(_load(b, 32, address), FLOATS) for address in at]]
+            for n, panel in enumerate(panels):
+                for m in range(M):
+                    value = spread(b, b.add(starts[m], b.mul(b.add(i, size(n)), size(4))))
+                    for v in range(VECTORS):
+                        b.store(b.call(fma, [panel[v], value, b.load(sums[m][v])]), sums[m][v])
         for m in range(M):
             for v in range(VECTORS):
-                address = b.add(b.add(y, b.mul(out, _size(m))), _size(v * LANES * 4))
-                b.store(b.load(sums[m][v]), b.inttoptr(address, _VF.as_pointer()), align=4)
+                address = b.add(b.add(y, b.mul(out, size(m))), size(v * LANES * 4))
+                b.store(b.load(sums[m][v]), b.inttoptr(address, FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -145,11 +178,16 @@ def matmul_parallel(weights: Array, x: Array, y: Array, chosen: Array, sparse: b
 
 
 def pack(weights: Array) -> Array:
-    """[outputs, inputs] → panels [⌈outputs / WIDTH⌉, inputs · WIDTH], filled up with zeros."""
+    """
+    [outputs, inputs] → panels [⌈outputs / WIDTH⌉, inputs · WIDTH], filled up with zeros.
+
+    bfloat16, as uint16, lies in pairs: of each output, the weights of two inputs side by side; `inputs` is then even.
+    """
     outputs, inputs = weights.shape
     if missing := -outputs % WIDTH:
         weights = np.concatenate([weights, np.zeros((missing, inputs), weights.dtype)])
-    panels = weights.reshape(-1, WIDTH, inputs).transpose(0, 2, 1)
+    together = 2 if weights.dtype == np.uint16 else 1
+    panels = weights.reshape(-1, WIDTH, inputs // together, together).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(panels).reshape(len(panels), -1)
 
 
@@ -159,104 +197,3 @@ def scale(y: Array, factors: Array) -> None:
     for row in range(y.shape[0]):
         for i in range(y.shape[1]):
             y[row, i] *= factors[i]
-
-
-GROUP = 32
-"""Inputs that share a scale, in int4."""
-
-
-@emitted
-def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any, y: Any, out: Any, groups: Any) -> Any:
-    """As `_block`, of weights of 4 bits: a byte holds those of the inputs k and k + GROUP/2 of its group, each + 8."""
-    M = rows.literal_value
-    signature = types.void(rows, *[types.intp] * 7)
-
-    def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        _, w, scales, x, stride, y, out, groups = arguments
-        zero = ir.Constant(_VF, [0.0] * LANES)
-
-        def variables() -> list[list[Any]]:
-            return [[cgutils.alloca_once_value(b, zero) for _ in range(VECTORS)] for _ in range(M)]
-
-        sums, parts, inputs = variables(), variables(), [cgutils.alloca_once_value(b, zero) for _ in range(M)]
-        fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VF, [_VF] * 3), f"llvm.fma.v{LANES}f32")
-        starts = [b.add(x, b.mul(stride, _size(m))) for m in range(M)]
-        with cgutils.for_range_slice(b, _size(0), groups, _size(1), _I64) as (group, _):
-            for variable in [*itertools.chain(*parts), *inputs]:
-                b.store(zero, variable)
-            with cgutils.for_range_slice(b, _size(0), _size(GROUP // 2), _size(1), _I64) as (i, _):
-                line = b.add(w, b.mul(b.add(b.mul(group, _size(GROUP // 2)), i), _size(WIDTH)))
-                halves: list[list[Any]] = [[], []]
-                for v in range(VECTORS):
-                    address = b.inttoptr(b.add(line, _size(v * LANES)), ir.VectorType(_I8, LANES).as_pointer())
-                    both = b.zext(b.load(address, align=1), _VI)
-                    halves[0].append(b.sitofp(b.and_(both, ir.Constant(_VI, [15] * LANES)), _VF))
-                    halves[1].append(b.sitofp(b.lshr(both, ir.Constant(_VI, [4] * LANES)), _VF))
-                for half in range(2):
-                    k = b.add(b.add(b.mul(group, _size(GROUP)), i), _size(half * GROUP // 2))
-                    for m in range(M):
-                        at = b.add(starts[m], b.mul(k, _size(4)))
-                        value = b.load(b.inttoptr(at, _F32.as_pointer()), align=4)
-                        one = b.insert_element(ir.Constant(_VF, ir.Undefined), value, ir.Constant(_I32, 0))
-                        spread = b.shuffle_vector(one, ir.Constant(_VF, ir.Undefined), ir.Constant(_VI, [0] * LANES))
-                        b.store(b.fadd(spread, b.load(inputs[m])), inputs[m])
-                        for v in range(VECTORS):
-                            b.store(b.call(fma, [halves[half][v], spread, b.load(parts[m][v])]), parts[m][v])
-            factors = b.add(scales, b.mul(group, _size(WIDTH * 4)))
-            for v in range(VECTORS):
-                factor = b.load(b.inttoptr(b.add(factors, _size(v * LANES * 4)), _VF.as_pointer()), align=4)
-                for m in range(M):  # the weights are 8 too large
-                    part = b.call(fma, [ir.Constant(_VF, [-8.0] * LANES), b.load(inputs[m]), b.load(parts[m][v])])
-                    b.store(b.call(fma, [factor, part, b.load(sums[m][v])]), sums[m][v])
-        for m in range(M):
-            for v in range(VECTORS):
-                address = b.add(b.add(y, b.mul(out, _size(m))), _size(v * LANES * 4))
-                b.store(b.load(sums[m][v]), b.inttoptr(address, _VF.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@compiled
-def _panel4(weights: Array, scales: Array, p: int, x: Array, y: Array) -> None:
-    rows, groups = x.shape[0], x.shape[1] // GROUP
-    w = weights.ctypes.data + p * weights.strides[0]
-    factors = scales.ctypes.data + p * scales.strides[0]
-    data, stride = x.ctypes.data, x.strides[0]
-    target, out = y.ctypes.data + 4 * WIDTH * p, y.strides[0]
-    m = 0
-    while m + 4 <= rows:
-        _block4(4, w, factors, data + m * stride, stride, target + m * out, out, groups)
-        m += 4
-    while m < rows:
-        _block4(1, w, factors, data + m * stride, stride, target + m * out, out, groups)
-        m += 1
-
-
-@compiled
-def matmul4(weights: Array, scales: Array, x: Array, y: Array) -> None:
-    """As `matmul`, with weights and scales from `pack4`."""
-    for p in range(weights.shape[0]):
-        _panel4(weights, scales, p, x, y)
-
-
-@parallel
-def matmul4_parallel(weights: Array, scales: Array, x: Array, y: Array) -> None:
-    """As `matmul4`, on the threads of Numba."""
-    for p in prange(weights.shape[0]):
-        _panel4(weights, scales, p, x, y)
-
-
-def pack4(weights: Array) -> tuple[Array, Array]:
-    """
-    float32 [outputs, inputs], inputs a multiple of GROUP → panels of two weights a byte, and their scales.
-
-    Each group is scaled so that its largest weight becomes -8, rounded to the nearest.
-    """
-    panels = pack(weights).reshape(-1, weights.shape[1] // GROUP, GROUP, WIDTH)
-    largest = np.take_along_axis(panels, np.abs(panels).argmax(2)[:, :, None], 2)
-    scales = np.where(largest == 0, 1, largest / -8).astype(np.float32)
-    integers = (np.clip(np.rint(panels / scales), -8, 7) + 8).astype(np.uint8)
-    low, high = integers[:, :, : GROUP // 2], integers[:, :, GROUP // 2 :]
-    packed = low | (high << 4)
-    return packed.reshape(len(panels), -1), np.ascontiguousarray(scales.reshape(len(panels), -1))

@@ -1,0 +1,316 @@
+"""
+The RWKV worker against the `rwkv` package, in one run, on one core, with random weights that it makes.
+
+    python bench/engine.py [--sizes 0.1B 0.4B] [--versions rwkv7 rwkv6] [--rounds 5] [--output FILE]
+    python bench/engine.py --device cuda
+
+Prints ratios to the package in fp32 on the same core, what is measured by turns in the same process, and beside each
+row what memory bandwidth or arithmetic of this machine allow at best. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+SIZES = {"0.1B": (12, 768), "0.4B": (24, 1024)}
+PRECISIONS = ("float32", "bfloat16", "int8")
+PROMPTS = (256, 512, 1024)
+STREAMS = 16
+VOCABULARY = 65536
+
+MUST = {  # ratio to the package: at least, and aimed at
+    ("prefill", "float32"): (2.2, 3.5),
+    ("prefill", "bfloat16"): (3.0, 5.0),
+    ("prefill", "int8"): (3.5, 6.0),
+    ("decode 1", "float32"): (1.15, 1.6),
+    ("decode 1", "bfloat16"): (1.8, 2.8),
+    ("decode 1", "int8"): (2.5, 4.0),
+    ("decode 16", "float32"): (8.0, 12.0),
+    ("decode 16", "bfloat16"): (11.0, 18.0),
+}
+
+
+# -- what runs in a process of its own ---------------------------------------------------------------------------------
+
+
+def best(work: Callable[[], object], tries: int = 3) -> float:
+    """Seconds of the fastest try."""
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def pin(core: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+
+
+def package(path: Path) -> Any:
+    """The package's model, in fp32. It takes the path without the ending."""
+    from rwkv.model import RWKV
+
+    with quiet():
+        return RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
+
+
+class quiet:
+    """Nothing on the standard output for a while: the package prints what it loads."""
+
+    def __enter__(self) -> None:
+        self._out, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
+
+    def __exit__(self, *exc: object) -> None:
+        sys.stdout.close()
+        sys.stdout = self._out
+
+
+def runtime(path: Path, precision: str, slots: int = STREAMS) -> Any:
+    import torch
+    from aiirwkv_llm_rwkv.checkpoint import load
+    from aiirwkv_llm_rwkv.cpu import CpuRuntime
+
+    model = load(path.with_suffix(".safetensors"), torch.device("cpu"), torch.bfloat16)
+    return CpuRuntime(model, precision, 1, slots)  # type: ignore[arg-type]
+
+
+def speed(path: Path, rounds: int) -> dict[str, Any]:
+    """Seconds per token by who and what; everybody has a turn in every round, and the fastest counts."""
+    import torch
+    from aiirwkv_llm_rwkv.runtime import Piece
+
+    torch.manual_seed(0)
+    tokens = torch.randint(1, VOCABULARY - 1, (max(PROMPTS),)).tolist()
+    theirs = package(path)
+    works: dict[tuple[str, str], tuple[Callable[[], object], int]] = {}
+    for length in PROMPTS:
+        works["package", f"prefill {length}"] = (lambda n=length: theirs.forward(tokens[:n], None), length)  # type: ignore[misc]
+    _, state = theirs.forward(tokens[:8], None)
+    works["package", "decode 1"] = (lambda: [theirs.forward(7, [t.clone() for t in state]) for _ in range(4)], 4)
+    choices = {}
+    for precision in PRECISIONS:
+        ours = runtime(path, precision)
+        choices[precision] = ours.choices
+        for length in PROMPTS:
+            works[precision, f"prefill {length}"] = (
+                lambda o=ours, n=length: [o.forward([Piece(0, tokens[i : min(i + 256, n)])]) for i in range(0, n, 256)],  # type: ignore[misc]
+                length,
+            )
+        works[precision, "decode 1"] = (lambda o=ours: [o.forward([Piece(0, [7])]) for _ in range(4)], 4)  # type: ignore[misc]
+        batch = [Piece(slot, [7 + slot]) for slot in range(STREAMS)]
+        works[precision, f"decode {STREAMS}"] = (lambda o=ours, b=batch: [o.forward(b) for _ in range(2)], 2 * STREAMS)  # type: ignore[misc]
+    found: dict[str, float] = {}
+    for _ in range(rounds):
+        for (who, what), (work, count) in works.items():
+            seconds = best(work, 1) / count
+            found[f"{who} {what}"] = min(seconds, found.get(f"{who} {what}", seconds))
+    return {"seconds": found, "choices": choices}
+
+
+def memory(path: Path, who: str) -> dict[str, Any]:
+    """Megabytes that stay in memory after one token: of the import, and in all."""
+    import torch
+    from aiirwkv_llm_rwkv.runtime import Piece
+
+    torch.set_num_threads(1)
+    if who == "package":
+        import rwkv.model  # noqa: F401
+
+        imported = resident()
+        package(path).forward([7], None)
+    else:
+        import aiirwkv_llm_rwkv.cpu  # noqa: F401
+
+        imported = resident()
+        runtime(path, who, 1).forward([Piece(0, [7])])
+    import gc
+
+    gc.collect()
+    return {"imported": imported, "all": resident()}
+
+
+def resident() -> float:
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 1e6
+
+
+def limits() -> dict[str, float]:
+    """What one core can do at best: GB/s read from memory, GFLOP/s of products, measured with the fastest code here."""
+    import numpy as np
+    import torch
+    from aiirwkv_llm_rwkv.kernels.matmul import matmul, pack
+
+    big = np.ones((1 << 18, 1024), np.float32)
+    panels, x = pack(big), np.ones((1, 1024), np.float32)
+    del big
+    y, none = np.empty((1, 1 << 18), np.float32), np.zeros(1, np.int64)
+    matmul(panels, x, y, none, False)
+    found = {"bandwidth": panels.nbytes / best(lambda: matmul(panels, x, y, none, False), 5) / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+        a @ b
+        found[name] = 2 * a.numel() * 2048 / best(lambda: a @ b, 5) / 1e9  # noqa: B023
+    quantised = torch.quantize_per_tensor(torch.ones(2048, 2048), 0.1, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantised, None)
+    rows = torch.ones(1024, 2048)
+    torch.ops.quantized.linear_dynamic(rows, packed, False)
+    found["int8"] = 2 * rows.numel() * 2048 / best(lambda: torch.ops.quantized.linear_dynamic(rows, packed), 5) / 1e9
+    found["int8"] = max(found["int8"], found["bfloat16"])  # whichever is the faster way to multiply int8 weights
+    return found
+
+
+# -- what starts them and prints ---------------------------------------------------------------------------------------
+
+
+def child(work: str, *arguments: object, version: str = "rwkv7", core: int = 0) -> Any:
+    """The result of one of the functions above, from a process of its own."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "RWKV_V7_ON": "1" if version == "rwkv7" else "0",
+        "RWKV_JIT_ON": "1",
+        "RWKV_CUDA_ON": "0",
+    }
+    command = [sys.executable, "-W", "ignore", __file__, "--child", work, *map(str, arguments), "--core", str(core)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parameters(version: str, layers: int, width: int) -> dict[str, float]:
+    """Weights: of all, read for a token, and multiplied for a token of a prompt."""
+    import random_checkpoint
+    import torch
+
+    with torch.device("meta"):
+        shapes = random_checkpoint.tensors(version, layers, width)
+    table = shapes["emb.weight"].numel()
+    total = sum(tensor.numel() for tensor in shapes.values())
+    return {"all": total, "decode": total - table, "prefill": total - 2 * table}
+
+
+class Table:
+    """Rows printed as they come, and kept."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str = "") -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def head(self, *cells: str) -> None:
+        self.row(*cells)
+        self.row(*["---"] * len(cells))
+
+    def row(self, *cells: object) -> None:
+        self.say("| " + " | ".join(map(str, cells)) + " |")
+
+
+def report_speed(table: Table, result: dict[str, Any], counts: dict[str, float], bounds: dict[str, float]) -> None:
+    seconds = result["seconds"]
+    table.head("", "precision", "package tok/s", "ours tok/s", "ratio", "must", "aim", "at best tok/s")
+    for what in (*(f"prefill {n}" for n in PROMPTS), "decode 1", f"decode {STREAMS}"):
+        base = 1 / seconds[f"package {'decode 1' if what.startswith('decode') else what}"]
+        for precision in PRECISIONS:
+            ours = 1 / seconds[f"{precision} {what}"]
+            kind = "prefill" if what.startswith("prefill") else what
+            must, aim = MUST.get((kind, precision), ("", ""))
+            if kind == "prefill":
+                limit = bounds[precision] * 1e9 / (2 * counts["prefill"])
+            else:
+                streams = int(what.split()[1])
+                size = {"float32": 2, "bfloat16": 2, "int8": 1}[precision]  # fp32 arithmetic on weights kept in bf16
+                seconds_read = counts["decode"] * size / (bounds["bandwidth"] * 1e9)
+                seconds_multiplied = 2 * counts["decode"] * streams / (bounds[precision] * 1e9)
+                limit = streams / max(seconds_read, seconds_multiplied)
+            table.row(
+                what, precision, f"{base:.1f}", f"{ours:.1f}", f"**{ours / base:.2f}**", must, aim, f"{limit:.0f}"
+            )
+    for precision, choices in result["choices"].items():
+        table.say(f"\n{precision}: {choices['products']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--versions", nargs="+", choices=("rwkv7", "rwkv6"), default=["rwkv7", "rwkv6"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--checkpoints", type=Path, help="a folder to keep the made checkpoints in")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        run_child(given.child, given.core)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(given, given.checkpoints or Path(folder))
+
+
+def run_child(command: Sequence[str], core: int) -> None:
+    pin(core)
+    work, *arguments = command
+    functions: dict[str, Callable[..., Any]] = {
+        "speed": lambda path, rounds: speed(Path(path), int(rounds)),
+        "memory": lambda path, who: memory(Path(path), who),
+        "limits": limits,
+    }
+    print(json.dumps(functions[work](*arguments)))
+
+
+def measure(given: argparse.Namespace, folder: Path) -> None:
+    import random_checkpoint
+
+    table = Table()
+    table.say(f"# The engine on {processor()}, {date.today()}\n")
+    bounds = child("limits", core=given.core)
+    table.say(
+        f"One core reads {bounds['bandwidth']:.1f} GB/s and multiplies {bounds['float32']:.0f} GFLOP/s in fp32, "
+        f"{bounds['bfloat16']:.0f} in bf16. Ratios are to `rwkv` in fp32, on this core, in the same run.\n"
+    )
+    for version in given.versions:
+        for size in given.sizes:
+            path = folder / f"{version}-{size}"
+            for file in (path.with_name(path.name + ".pth"), path.with_name(path.name + ".safetensors")):
+                if not file.exists():
+                    random_checkpoint.make(file, version, *SIZES[size])
+            table.say(f"## {version} {size}\n")
+            counts = parameters(version, *SIZES[size])
+            report_speed(table, child("speed", file, given.rounds, version=version, core=given.core), counts, bounds)
+            table.say()
+            table.head("memory, MB", "of the import", "in all")
+            for who in ("package", *PRECISIONS):
+                found = child("memory", file, who, version=version, core=given.core)
+                table.row(who, f"{found['imported']:.0f}", f"**{found['all']:.0f}**")
+            table.say()
+    if given.output:
+        given.output.write_text("\n".join(table.lines) + "\n", "utf-8")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
