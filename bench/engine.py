@@ -74,7 +74,7 @@ class quiet:
     """Nothing on the standard output for a while: the package prints what it loads."""
 
     def __enter__(self) -> None:
-        self._out, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
+        self._out, sys.stdout = sys.stdout, open(os.devnull, "w")
 
     def __exit__(self, *exc: object) -> None:
         sys.stdout.close()
@@ -133,16 +133,20 @@ def memory(path: Path, who: str) -> dict[str, Any]:
         import rwkv.model  # noqa: F401
 
         imported = resident()
-        package(path).forward([7], None)
+        model = package(path)
+        model.forward([7], None)
     else:
         import aiirwkv_llm_rwkv.cpu  # noqa: F401
 
         imported = resident()
-        runtime(path, who, 1).forward([Piece(0, [7])])
+        model = runtime(path, who, 1)
+        model.forward([Piece(0, [7])])
     import gc
 
     gc.collect()
-    return {"imported": imported, "all": resident()}
+    found = {"imported": imported, "all": resident()}
+    del model
+    return found
 
 
 def resident() -> float:

@@ -40,7 +40,7 @@ Way = Literal["tiles", "torch"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How to multiply in a precision: from `many` rows on in a `way` of the processor's own, otherwise by our kernel."""
+    """How to multiply in a precision: from `many` rows on in a `way` of the processor's, otherwise by our kernel."""
 
     precision: Precision
     threads: int

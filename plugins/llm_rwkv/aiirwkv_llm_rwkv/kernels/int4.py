@@ -24,7 +24,7 @@ GROUP = 32
 
 @emitted
 def _block4(typingctx: Any, rows: Any, w: Any, scales: Any, x: Any, stride: Any, y: Any, out: Any, groups: Any) -> Any:
-    """As `matmul._block`, of weights of 4 bits: a byte holds those of the inputs k and k + GROUP/2 of its group, each + 8."""
+    """As `matmul._block`, of 4 bits: a byte holds the weights of the inputs k and k + GROUP/2 of a group, each + 8."""
     M = rows.literal_value
     signature = types.void(rows, *[types.intp] * 7)
 

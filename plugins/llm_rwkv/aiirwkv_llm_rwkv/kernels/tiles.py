@@ -57,7 +57,7 @@ def available() -> bool:
         0x1023,
         18,
     )  # x86-64; the state of the tiles is large, so Linux wants to be asked
-    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:
