@@ -73,6 +73,7 @@ def train(order: Order, run: Run, files: Files, examples: Sequence[Example], say
     save_file(states, folder / STATE)
     card = StateCard(
         name=request.name,
+        version=model.version,
         method=request.method,
         base=order.base,
         base_sha256=order.base_sha256,
