@@ -25,9 +25,11 @@ from aiirwkv import (
     NotFound,
     PluginError,
     ServiceError,
+    TooLarge,
 )
 from aiirwkv.testing import running
 from aiirwkv_llm_rwkv import LlmRwkv
+from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import save_file
 
 from .conftest import NANO, random_tensors
@@ -36,7 +38,7 @@ from .questions import READING
 
 @pytest.fixture
 async def llm() -> LlmRwkv:
-    return LlmRwkv()
+    return LlmRwkv(longest_prompt=250_000)
 
 
 @pytest.fixture
@@ -83,10 +85,10 @@ async def test_about(bus: Bus) -> None:
 
 
 async def test_stream(bus: Bus) -> None:
-    request = question(*_first(), logprobs=True)
+    request = question(*_first(), logprobs=True, cache=False)
     async with bus.stream(request) as chunks:
         pieces = [chunk async for chunk in chunks]
-    assert len(pieces) > 2 and all(len(piece.text) <= 12 for piece in pieces)
+    assert len(pieces) > 2
     assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     whole = await bus.call(request)
     assert Completion.fold(pieces) == whole and whole.text == "half past six"
@@ -101,6 +103,48 @@ async def test_length_stop_and_seed(bus: Bus) -> None:
     assert stopped.text == "half " and stopped.finish == "stop"
     drawn = [(await bus.call(endless(stop=["\n"]), timeout=60)).text for _ in range(2)]
     assert drawn[0] == drawn[1] and drawn[0]
+
+
+async def test_several_texts(bus: Bus) -> None:
+    request = Generate("The", n=3, seed=4, temperature=3, top_p=1, max_tokens=12)
+    reply = await bus.call(request)
+    assert len({choice.text for choice in reply.choices}) == 3 and reply.text == reply.choices[0].text
+    assert reply.usage.completion == 36 and [choice.finish for choice in reply.choices] == ["length"] * 3
+    second = await bus.call(Generate("The", seed=5, temperature=3, top_p=1, max_tokens=12))
+    assert second.text == reply.choices[1].text
+    async with bus.stream(request) as chunks:
+        pieces = [chunk async for chunk in chunks]
+    assert [choice.text for choice in Completion.fold(pieces).choices] == [choice.text for choice in reply.choices]
+    assert [piece.usage for piece in pieces if piece.usage] == [pieces[-1].usage]
+
+
+async def test_forms_and_bias(bus: Bus) -> None:
+    digits = await bus.call(question(*_first(), regex="[0-9]{3}", temperature=1))
+    assert len(digits.text) == 3 and digits.text.isdigit() and digits.finish == "stop"
+    answer = await bus.call(question(*_first(), json_schema={"enum": ["nine", "ten"]}, temperature=1))
+    assert answer.text in ('"nine"', '"ten"')
+    plain = await bus.call(Generate("The", max_tokens=1))
+    (id,) = [
+        id
+        for id, word in Tokenizer.load(NANO / "vocab.txt").tokens.items()
+        if word.decode("utf-8", "ignore") == plain.text
+    ]
+    assert (await bus.call(Generate("The", max_tokens=1, ban=[id]))).text != plain.text
+    assert (await bus.call(Generate("The", max_tokens=1, logit_bias={id: -100}))).text != plain.text
+    assert (await bus.call(Generate("The", max_tokens=1, logit_bias={id: 1}))).text == plain.text
+
+
+async def test_what_was_read_is_not_read_again(bus: Bus, llm: LlmRwkv) -> None:
+    passage, asked = READING[2]
+    replies = [await bus.call(question(passage, words)) for words, _ in asked]
+    again = await bus.call(question(passage, asked[0][0]))
+    assert replies[0].usage.cached == 0 and again.usage.cached == again.usage.prompt and again.usage.bytes > 200_000
+    assert all(20 < reply.usage.cached < reply.usage.prompt for reply in replies[1:]), "as far as the passage goes"
+    assert again.text == replies[0].text
+    fresh = [await bus.call(question(passage, words, cache=False)) for words, _ in asked]
+    assert [reply.text for reply in fresh] == [reply.text for reply in replies]
+    assert [reply.usage.cached for reply in fresh] == [0] * len(asked)
+    assert llm.stats()["states"]["hits"] == len(asked)
 
 
 async def test_leaving_a_stream_stops_the_work(bus: Bus, llm: LlmRwkv) -> None:
@@ -137,17 +181,18 @@ async def test_requests_take_turns(bus: Bus, llm: LlmRwkv) -> None:
                 tasks.start_soon(ask)
         assert llm.stats()["running"] >= 1, "the long one still runs"
         del reading
-    assert [(reply.text, reply.usage) for reply in replies] == [(alone.text, alone.usage)] * 20
+    assert [reply.text for reply in replies] == [alone.text] * 20
+    assert all(reply.usage.cached == reply.usage.prompt == alone.usage.prompt for reply in replies)
     await idle(llm)
 
 
 async def test_a_failing_model_fails_one_request_only(bus: Bus, llm: LlmRwkv, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("something broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm._engine, "_prefill", broken)
-        with pytest.raises(ServiceError, match="the model failed with RuntimeError: out of memory"):
+        patch.setattr(llm._engine.runtime, "forward", broken)
+        with pytest.raises(ServiceError, match="the model failed with RuntimeError: something broke"):
             await bus.call(question(*_first()))
     assert (await bus.call(question(*_first()))).text == "half past six"
 
@@ -163,6 +208,13 @@ async def test_a_failing_model_fails_one_request_only(bus: Bus, llm: LlmRwkv, mo
         (Generate("a", max_tokens=-5), BadRequest, "`max_tokens` is -5"),
         (Generate("a", temperature=-1), BadRequest, "`temperature` is -1.0; it must be from 0 to 100"),
         (Generate("a", top_p=1.5), BadRequest, "`top_p` is 1.5"),
+        (Generate("a", n=0), BadRequest, "`n` is 0; it must be from 1 to 64"),
+        (Generate("a", n=65), BadRequest, "`n` is 65"),
+        (Generate("a", ban=[1024]), BadRequest, "`ban` names the token 1024; the model's go from 0 to 1023"),
+        (Generate("a", logit_bias={-1: 2.0}), BadRequest, "`logit_bias` names the token -1"),
+        (Generate("a", regex="a+", json_schema={}), BadRequest, "either `regex` or `json_schema`"),
+        (Generate("a", regex="(a"), BadRequest, "`regex` cannot be used"),
+        (Generate("a b " * 130_000), TooLarge, "longest_prompt allows 250000"),
         (Generate("a", model="rwkv7-nan"), NotFound, r"did you mean 'rwkv7-nano'\?\); there are: rwkv7-nano"),
         (Generate("a", state="poet"), NotFound, "no tuned state 'poet'; there are none"),
         (Generate("a", adapter="poet"), NotFound, "no adapter 'poet'; there are none"),

@@ -64,7 +64,7 @@ async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
 
 
 async def write(bus: Bus, state: str | None) -> Completion:
-    return await bus.call(Generate(PROMPT, state=state, max_tokens=12, temperature=0, logprobs=True))
+    return await bus.call(Generate(PROMPT, state=state, max_tokens=12, temperature=0, logprobs=True, cache=False))
 
 
 async def test_a_row_begins_with_its_state_and_with_no_other(bus: Bus, tmp_path: Path) -> None:

@@ -66,16 +66,30 @@ class Prompt(_Strict, frozen=True):
 
     def write(self, messages: Sequence[Message], documents: Sequence[str] = ()) -> str:
         """The prompt for a conversation whose last message is the user's question."""
+        return "".join(self.parts(messages, documents))
+
+    def parts(self, messages: Sequence[Message], documents: Sequence[str] = ()) -> list[str]:
+        """
+        The same prompt in parts: each earlier turn, each document with what stands before it, and the rest.
+
+        Where a part ends, other prompts may go on in another way.
+        """
         if not messages or messages[-1].role != "user":
             raise BadRequest("generate: the last of `messages` must have the role user")
         question = clean(messages[-1].content)
         if not question:
             raise BadRequest("generate: the last of `messages` is empty")
         forms = {"user": self.user, "assistant": self.assistant, "system": self.system}
-        earlier = [_fill(forms[message.role], text=clean(message.content)) for message in messages[:-1]]
+        parts = [_fill(forms[message.role], text=clean(message.content)) for message in messages[:-1]]
         passages = [text for document in documents if (text := clean(document))]
-        last = self.reading if passages else self.question
-        return "".join(earlier) + _fill(last, text=question, documents=self.between.join(passages))
+        before, _, after = self.reading.partition("{documents}")
+        if not passages or "{text}" in before or not after:  # nobody else asks the same before these documents
+            last = self.reading if passages else self.question
+            parts.append(_fill(last, text=question, documents=self.between.join(passages)))
+        else:
+            parts += [before + passages[0], *(self.between + text for text in passages[1:])]
+            parts.append(_fill(after, text=question, documents=self.between.join(passages)))
+        return [part for part in parts if part]
 
 
 class Card(_Strict, kw_only=True, frozen=True):

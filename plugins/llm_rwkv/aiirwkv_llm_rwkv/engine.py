@@ -1,156 +1,267 @@
 """
-The engine: one thread that owns the model and works on all requests in turn.
+The engine: one thread that owns the model and works on all requests at once (continuous batching).
 
-Requests come in through a queue; their text goes out through a callback. Every pass gives each request one piece of
-work: a chunk of its prompt, or one token. It does not batch and keeps no states.
+Each pass lets rows in, reads with one forward call the token that each writing row has chosen and a portion of the
+prompts, keeps states, chooses the next tokens, and hands out text.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any
 
+import msgspec
 import torch
-from aiirwkv.errors import ServiceError
-from aiirwkv.types import Chunk, Finish, Usage
+from aiirwkv.errors import DeadlineExceeded, ServiceError
+from aiirwkv.types import Chunk
 from torch import Tensor
 
-from .model import RWKV, State
-from .output import Output
-from .sampling import Sampler
+from .pace import Pace, Pass
+from .reader import Reader
+from .requests import SPACING, Row, Run
+from .reuse import Reuse
+from .runtime import Piece, Runtime
+from .sampling import choose_all, logprob
+from .scheduling import Schedule
+from .states import StateCache
 from .tokenizer import Tokenizer
 
-__all__ = ["Engine", "Run"]
+__all__ = ["Engine", "Told", "hand_out"]
+
+Told = tuple[Run, Chunk | ServiceError]
+"""Who is told what."""
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Run:
-    """One request: what it asks, and how far it is. `emit` is called from the engine's thread."""
-
-    prompt: list[int]
-    sampler: Sampler
-    output: Output
-    emit: Callable[[Chunk | ServiceError], None]
-    max_tokens: int
-    stop: frozenset[int] = frozenset({0})
-    logprobs: bool = False
-    read: int = 0
-    written: int = 0
-    over: bool = False
-    state: State | None = None
-    logits: Tensor | None = None
-    _logprobs: list[float] = field(default_factory=list)
-
-    def cancel(self) -> None:
-        """Stop as soon as the engine looks; it says nothing more."""
-        self.over = True
-
-    def tell(self, text: str, finish: Finish | None = None) -> None:
-        """Hand out text, when there is some, and the end."""
-        if finish:
-            text += self.output.end()
-        if text or finish:
-            usage = Usage(prompt=len(self.prompt), completion=self.written) if finish else None
-            self.emit(Chunk(text, logprobs=self._logprobs, finish=finish, usage=usage))
-            self._logprobs = []
-        self.over = self.over or finish is not None
+def hand_out(told: Sequence[Told]) -> None:
+    for run, piece in told:
+        run.emit(piece)
 
 
 class Engine:
-    """Runs a model. `submit` and `close` may be called from any thread."""
+    """Runs a model. `submit`, `close` and `stats` may be called from any thread."""
 
-    CHUNK = 128
-    """Tokens of a prompt that are read at once; between two chunks the other requests go on."""
-    ROWS = 16
-    """Requests that are worked on at once; more wait."""
-
-    def __init__(self, model: RWKV, tokenizer: Tokenizer, threads: int = 0) -> None:
-        self.model, self.tokenizer, self.threads = model, tokenizer, threads
-        self.device = model.emb.weight.device
-        self.runs: list[Run] = []
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "",
+        cache: StateCache | None = None,
+        rows: int = 0,
+        threads: int = 0,
+        deliver: Callable[[list[Told]], None] = hand_out,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        `name` is the model's. At most `rows` texts at once; 0 chooses by the size of a state. `deliver` gets, in the
+        engine's thread, all that a pass has to tell.
+        """
+        self.runtime, self.tokenizer, self.cache = runtime, tokenizer, cache
+        self.threads, self.deliver, self.clock = threads, deliver, clock
+        self.reader = Reader(runtime)
+        self.reuse = Reuse(cache, name)
+        self.schedule = Schedule(runtime, self.reuse, rows)
+        self.pace = Pace()
         self.tokens_read = self.tokens_written = 0
+        self._told: list[Told] = []
         self._inbox: SimpleQueue[Run | None] = SimpleQueue()
-        self._closing = False
+        self._closing = self._finishing = self._closed = False
         self._thread = threading.Thread(target=self._work, name="rwkv-engine", daemon=True)
+
+    # From any thread
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, run: Run) -> None:
         self._inbox.put(run)
+        if self._closed:
+            self._turn_away()
 
-    @property
-    def waiting(self) -> int:
-        return self._inbox.qsize()
-
-    def close(self) -> None:
-        """End the thread; requests that are still running get an error."""
-        self._closing = True
+    def close(self, finish: bool = False) -> None:
+        """End the thread. What is not done gets an error, unless it is to be finished first."""
+        self._finishing, self._closing = finish, True
         self._inbox.put(None)
         self._thread.join()
+
+    def stats(self) -> dict[str, Any]:
+        """For `$SRV.STATS`. Rates, the mean number of rows and the longest gap are of the last seconds."""
+        schedule = self.schedule
+        return {
+            "running": len(schedule.rows),
+            "waiting": len(schedule.waiting) + self._inbox.qsize(),
+            "parked": len(schedule.parked),
+            "rows": schedule.most,
+            "tokens_read": self.tokens_read,
+            "tokens_written": self.tokens_written,
+            **self.pace.figures(self.clock()),
+            "threads": self.threads,
+            "runtime": dict(self.runtime.choices),
+            "states": msgspec.to_builtins(self.cache.stats()) if self.cache else {},
+        }
+
+    # The thread
 
     def _work(self) -> None:
         if self.threads:
             torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            while not self._closing:
-                self._admit()
-                self.step()
-        while not self._inbox.empty():
-            if run := self._inbox.get():
-                self.runs.append(run)
-        for run in self.runs:
-            if not run.over:
-                run.emit(ServiceError("generate: the worker was stopped before the answer was complete; ask again"))
+            while not self._closing or (self._finishing and self.busy):
+                self.take()
+                try:
+                    self.step()
+                except Exception as error:  # a mistake of ours, not of a request: all are told, the engine lives on
+                    log.exception("a pass of the engine failed")
+                    self._end_all(_typed(error))
+        self._end_all(_stopped())
+        self._closed = True
+        self._turn_away()
 
-    def _admit(self) -> None:
-        """Take in what waits, as far as there is room; sleep while there is nothing to do."""
-        while len(self.runs) < self.ROWS and (not self.runs or not self._inbox.empty()):
+    @property
+    def busy(self) -> bool:
+        return not self._inbox.empty() or bool(self.schedule.everybody())
+
+    def take(self) -> None:
+        """Take in what has come; sleep while there is nothing to do."""
+        while not self._inbox.empty() or not (self.busy or self._closing):
             if run := self._inbox.get():
-                self.runs.append(run)
-            elif self._closing:
-                return
+                self.schedule.add(run)
+
+    def _turn_away(self) -> None:
+        with suppress(Empty):
+            while True:
+                if run := self._inbox.get_nowait():
+                    self.deliver([(run, _stopped())])
+
+    def _end_all(self, error: ServiceError) -> None:
+        for row in self.schedule.everybody():
+            self._fail(row.run, error)
+        self.schedule.leave()
+        self._hand_out()
 
     def step(self) -> None:
-        """One piece of work for each request."""
-        for run in self.runs:
-            if run.over:
+        """One pass."""
+        began, before = self.clock(), self.tokens_written
+        self._expire(began)
+        self.schedule.admit(self._fail)
+        batch, writing = self._plan()
+        logits = self._read(batch)
+        self._keep()
+        ready = [row for row in self.schedule.rows if row.logits is not None and not (row.over or row.run.over)]
+        gap = self._write(ready, _together(ready, batch, logits)) if ready else 0.0
+        self.schedule.leave()
+        self._hand_out()
+        now, read = self.clock(), sum(len(piece.tokens) for _, piece in batch) - writing
+        self.tokens_read += read
+        self.pace.note(Pass(now, now - began, self.tokens_written - before, read, gap), writing)
+
+    def _expire(self, now: float) -> None:
+        for row in self.schedule.everybody():
+            if now > row.run.deadline:
+                self._fail(row.run, DeadlineExceeded("generate: the time given ran out before the text was complete"))
+        self.schedule.leave()
+
+    def _plan(self) -> tuple[list[tuple[Row, Piece]], int]:
+        """One token of each row that writes (and how many these are), then portions of the prompts."""
+        batch = [(row, row.piece(1)) for row in self.schedule.rows if row.pending and not row.reading]
+        writing = len(batch)
+        budget = self.pace.chunk(writing, self.reader.most)
+        for row in self.schedule.readers():
+            if budget <= 0 or (len(batch) > writing and budget < min(SPACING, row.pending)):
+                break
+            batch.append((row, row.piece(budget)))
+            budget -= len(batch[-1][1].tokens)
+        self.schedule.served(row for row, _ in batch[writing:])
+        return batch, writing
+
+    def _read(self, batch: list[tuple[Row, Piece]]) -> Tensor:
+        """Advance the states by the batch; rows that have read everything get logits. Returns those of all."""
+        if not batch:
+            return torch.empty(0, self.runtime.vocabulary)
+        logits, errors = self.reader.forward([piece for _, piece in batch])
+        for (row, piece), error, line in zip(batch, errors, logits, strict=True):
+            if error:
+                self._fail(row.run, error)
+            else:
+                row.at += len(piece.tokens)
+                row.logits = None if row.pending else line
+        return logits
+
+    def _keep(self) -> None:
+        """Keep the states of rows that have come to a mark; give a prompt's other texts the state after it."""
+        for row in self.schedule.rows:
+            run = row.run
+            marked, complete = bool(row.marks) and row.at == row.marks[0], not row.reading and not row.ids
+            branching = complete and row.index == 0 and len(run.outputs) > 1
+            if not run.over and (marked or branching):
+                state = self.runtime.get(row.slot)
+                if branching:
+                    self.schedule.branch(row, state)
+                if marked:
+                    try:
+                        self.reuse.keep(row, state)
+                    except ServiceError as error:
+                        self._fail(run, error)
+            if run.read_only and complete and not run.over:
+                self._tell(row, row.end("", "stop"))
+
+    def _write(self, rows: list[Row], logits: Tensor) -> float:
+        """Choose each row's next token, from logits [rows, V]. Returns the longest time since a row's last one."""
+        tokens, now = choose_all([row.run.samplers[row.index] for row in rows], logits), self.clock()
+        gap = 0.0
+        for row, token, line in zip(rows, tokens, logits, strict=True):
+            row.logits = None
+            if isinstance(token, Exception):
+                self._fail(row.run, token)
                 continue
-            try:
-                if run.read < len(run.prompt):
-                    self._prefill(run)
-                else:
-                    self._decode(run)
-            except Exception as error:  # one request fails, the engine lives on
-                run.over = True
-                run.emit(ServiceError(f"generate: the model failed with {type(error).__name__}: {error}"))
-        self.runs = [run for run in self.runs if not run.over]
+            gap = max(gap, now - row.last) if row.ids else gap
+            row.last = now
+            known = logprob(line, token) if row.run.logprobs else None
+            self.tokens_written += token not in row.run.stop
+            self._tell(row, row.add(token, self.tokenizer.tokens.get(token, b""), known))
+        return gap
 
-    def _prefill(self, run: Run) -> None:
-        chunk = run.prompt[run.read : run.read + self.CHUNK]
-        self._forward(run, chunk)
-        run.read += len(chunk)
-        self.tokens_read += len(chunk)
+    def _tell(self, row: Row, piece: Chunk | None) -> None:
+        run = row.run
+        if piece and piece.finish:
+            self.reuse.keep_answer(row, lambda: self.runtime.get(row.slot))
+            run.over = not run.unfinished
+        if piece:
+            self._told.append((run, piece))
 
-    def _decode(self, run: Run) -> None:
-        assert run.logits is not None
-        token = run.sampler.choose(run.logits)
-        if token in run.stop:
-            return run.tell("", "stop")
-        run.written += 1
-        self.tokens_written += 1
-        if run.logprobs:  # the model's own opinion, before penalties and temperature
-            run._logprobs.append(float(torch.log_softmax(run.logits, -1)[token]))
-        text = run.output.add(self.tokenizer.tokens.get(token, b""))
-        if run.output.stopped:
-            return run.tell(text, "stop")
-        if run.written >= run.max_tokens:
-            return run.tell(text, "length")
-        run.tell(text)
-        self._forward(run, [token])
+    def _fail(self, run: Run, error: Exception) -> None:
+        if not run.over:
+            run.over = True
+            self._told.append((run, _typed(error)))
 
-    def _forward(self, run: Run, tokens: list[int]) -> None:
-        logits, run.state = self.model(torch.tensor([tokens], device=self.device), run.state, last=True)
-        run.logits = logits[0, -1].float().cpu()
+    def _hand_out(self) -> None:
+        if self._told:
+            told, self._told = self._told, []
+            self.deliver(told)
+
+
+def _together(rows: list[Row], batch: list[tuple[Row, Piece]], logits: Tensor) -> Tensor:
+    """The logits of these rows [rows, V]; without a copy if they are the first of the batch."""
+    if rows == [row for row, _ in batch[: len(rows)]]:
+        return logits[: len(rows)]
+    return torch.stack([row.logits for row in rows if row.logits is not None])
+
+
+def _typed(error: Exception) -> ServiceError:
+    """What a caller is told."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, MemoryError):
+        return ServiceError(f"generate: out of memory, even for a little at a time: {error}; free some and ask again")
+    return ServiceError(f"generate: the model failed with {type(error).__name__}: {error}")
+
+
+def _stopped() -> ServiceError:
+    return ServiceError("generate: the worker was stopped before the answer was complete; ask again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import codecs
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,8 @@ class Tokenizer:
             raise ValueError(f"it lacks {len(missing)} of the 256 single bytes, so some texts could not be encoded")
         self._trie = _trie(ids)
         self._ids = np.array(range(self.size), object)  # an id is the same Python int wherever it is found
+        self._lengths = np.zeros(self.size, np.int64)
+        self._lengths[list(self.tokens)] = [len(token) for token in self.tokens.values()]
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -81,6 +83,17 @@ class Tokenizer:
             position, count = _encode(source, position, self._trie, block)
             found += self._ids[block[:count]].tolist()
         return found
+
+    def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """
+        The ids of the whole text, and after how many of them each part is complete.
+
+        A token may reach into the next part. Since the longest match wins from the left on, another text that begins
+        with the same parts has the same ids up to there, but where such a token ends otherwise.
+        """
+        ids = self.encode("".join(parts))
+        ends = np.cumsum([len(part.encode()) for part in parts])
+        return ids, sorted({*(np.searchsorted(np.cumsum(self._lengths[ids]), ends) + 1).tolist()}) if ids else []
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.raw(ids).decode("utf-8", "replace")
