@@ -261,6 +261,25 @@ def test_users_take_turns_at_reading(model: RWKV) -> None:
     assert [run for run in finish_order if run is not bob] == ann, "one's own requests come first come first"
 
 
+def test_short_prompts_overtake_a_very_long_one_and_what_is_only_read_for_later(model: RWKV, cache: StateCache) -> None:
+    engine = engine_of(Recorded(model, idle=True), cache=cache)
+    order: list[Run] = []
+
+    def asked(tokens: int, seed: int, **more: Any) -> Asked:
+        run = cached(cache, long_text(tokens, seed), **{"max_tokens": 1, **more})
+        run.emit = lambda piece: order.append(run)
+        return run
+
+    later = asked(3000, 1, samplers=[], read_only=True)
+    endless = asked(20_000, 2)
+    engine.submit(later)
+    engine.submit(endless)
+    steps(engine, 12)
+    shorter = [asked(2000, seed) for seed in (3, 4)]
+    finish(engine, *shorter)
+    assert order == [*shorter, endless, later]
+
+
 # Several texts
 
 

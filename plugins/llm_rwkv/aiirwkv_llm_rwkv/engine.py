@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -153,11 +154,15 @@ class Engine:
         self.schedule.admit(self._fail)
         batch, writing = self._plan()
         logits = self._read(batch)
+        ready = [row for row in self.schedule.rows if row.logits is not None and not row.run.over]
+        writers = [row for row in ready if not row.run.read_only]
+        gap = self._write(writers, _together(writers, batch, logits)) if writers else 0.0
+        self._hand_out()
         self._keep()
-        ready = [row for row in self.schedule.rows if row.logits is not None and not (row.over or row.run.over)]
-        gap = self._write(ready, _together(ready, batch, logits)) if ready else 0.0
         self.schedule.leave()
         self._hand_out()
+        for row in ready:
+            row.logits = None
         now, read = self.clock(), sum(len(piece.tokens) for _, piece in batch) - writing
         self.tokens_read += read
         self.pace.note(Pass(now, now - began, self.tokens_written - before, read, gap), writing)
@@ -194,47 +199,44 @@ class Engine:
                 row.logits = None if row.pending else line
         return logits
 
-    def _keep(self) -> None:
-        """Keep the states of rows that have come to a mark; give a prompt's other texts the state after it."""
-        for row in self.schedule.rows:
-            run = row.run
-            marked, complete = bool(row.marks) and row.at == row.marks[0], not row.reading and not row.ids
-            branching = complete and row.index == 0 and len(run.outputs) > 1
-            if not run.over and (marked or branching):
-                state = self.runtime.get(row.slot)
-                if branching:
-                    self.schedule.branch(row, state)
-                if marked:
-                    try:
-                        self.reuse.keep(row, state)
-                    except ServiceError as error:
-                        self._fail(run, error)
-            if run.read_only and complete and not run.over:
-                self._tell(row, row.end("", "stop"))
-
     def _write(self, rows: list[Row], logits: Tensor) -> float:
         """Choose each row's next token, from logits [rows, V]. Returns the longest time since a row's last one."""
         tokens, now = choose_all([row.run.samplers[row.index] for row in rows], logits), self.clock()
         gap = 0.0
-        for row, token, line in zip(rows, tokens, logits, strict=True):
-            row.logits = None
+        for number, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if isinstance(token, Exception):
                 self._fail(row.run, token)
                 continue
             gap = max(gap, now - row.last) if row.ids else gap
             row.last = now
-            known = logprob(line, token) if row.run.logprobs else None
+            known = logprob(logits[number], token) if row.run.logprobs else None
             self.tokens_written += token not in row.run.stop
             self._tell(row, row.add(token, self.tokenizer.tokens.get(token, b""), known))
         return gap
 
     def _tell(self, row: Row, piece: Chunk | None) -> None:
-        run = row.run
-        if piece and piece.finish:
-            self.reuse.keep_answer(row, lambda: self.runtime.get(row.slot))
-            run.over = not run.unfinished
         if piece:
-            self._told.append((run, piece))
+            row.run.over = row.run.unfinished == 0
+            self._told.append((row.run, piece))
+
+    def _keep(self) -> None:
+        """Keep the states of rows that have come to a mark or an end; let a prompt's other texts begin."""
+        for row in self.schedule.rows:
+            run, whole = row.run, len(row.run.prompt)
+            if run.over and not row.over:
+                continue
+            complete = row.at == whole and row.logits is not None
+            if complete and row.index == 0 and len(run.outputs) > 1:
+                self.schedule.branch(row, self.runtime.get(row.slot))
+            try:
+                if row.marks and row.at == row.marks[0]:
+                    self.reuse.keep(row, self.runtime.get(row.slot))
+                if row.over:
+                    self.reuse.keep_answer(row, partial(self.runtime.get, row.slot))
+            except ServiceError as error:
+                self._fail(run, error)
+            if run.read_only and complete:
+                self._tell(row, row.end("", "stop"))
 
     def _fail(self, run: Run, error: Exception) -> None:
         if not run.over:

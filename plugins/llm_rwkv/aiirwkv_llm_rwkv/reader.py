@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Reader:
         self._calm += 1
         if self._calm > CALM and self.most < self.MOST:
             self.most, self._calm = self.most * 2, 0
-        finite = logits.sum(-1).isfinite().tolist()
+        finite = np.isfinite(logits.sum(-1).numpy())
         return logits, [None if sound else ArithmeticError("its numbers are not finite") for sound in finite]
 
     def _again(self, pieces: Sequence[Piece], error: Exception) -> tuple[Tensor, list[Exception | None]]:

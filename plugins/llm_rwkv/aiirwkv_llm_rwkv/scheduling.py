@@ -14,6 +14,9 @@ from .runtime import Runtime
 
 __all__ = ["Schedule"]
 
+LONG = 4096
+"""Tokens of a prompt after which a user's next prompts overtake it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -49,14 +52,15 @@ class Schedule:
     def branch(self, row: Row, state: Tensor) -> None:
         """Let the other texts of its request begin from the state, and with the logits, that it has now."""
         for index in range(1, len(row.run.outputs)):
-            more = Row(row.run, row.order, index, at=row.at, state=state, logits=row.logits, fresh=False)
+            more = Row(row.run, row.order, index, at=row.at, state=state, fresh=False)
+            more.logits = None if row.logits is None else row.logits.clone()
             self.waiting.append(more)
 
     def everybody(self) -> list[Row]:
         return [*self.rows, *self.waiting, *self.parked]
 
     def admit(self, fail: Callable[[Run, Exception], None]) -> None:
-        """Give slots to those who wait, as far as there are any. `fail` is told for whom there can never be one."""
+        """Give slots to those who wait, as far as there are any. `fail` is told for whom that cannot be done."""
         for row in self.parked[:]:
             if self.reuse.begin(row):
                 self.reuse.done(row)
@@ -64,18 +68,18 @@ class Schedule:
                 self.waiting.append(row)
         while self.waiting:
             row = foremost(self.waiting, self.rows)
+            self.waiting.remove(row)
             try:
                 if not self._room(row):
-                    break
-            except MemoryError as error:
+                    self.waiting.append(row)
+                    return
+                if self.reuse.begin(row):
+                    self._enter(row)
+                else:
+                    self.parked.append(row)
+            except Exception as error:  # no memory for a single row, a state that does not fit or cannot be read
+                self.reuse.done(row)
                 fail(row.run, error)
-            self.waiting.remove(row)
-            if row.run.over:
-                continue
-            if self.reuse.begin(row):
-                self._enter(row)
-            else:
-                self.parked.append(row)
 
     def leave(self) -> None:
         """Whoever is done, has failed or was cancelled makes room."""
@@ -90,11 +94,16 @@ class Schedule:
             self._served.clear()
 
     def readers(self) -> list[Row]:
-        """Rows with a prompt to read, those first whose users had their turn longest ago."""
-        return sorted(
-            (row for row in self.rows if row.reading),
-            key=lambda row: (self._served.get(row.run.owner, 0), row.order),
-        )
+        """
+        Rows with a prompt to read, those first whose users had their turn longest ago.
+
+        What is only read for later lets everybody pass, and a very long prompt the user's own shorter ones.
+        """
+
+        def turn(row: Row) -> tuple[bool, int, int, int]:
+            return row.run.read_only, self._served.get(row.run.owner, 0), row.at // LONG, row.order
+
+        return sorted((row for row in self.rows if row.reading), key=turn)
 
     def served(self, rows: Iterable[Row]) -> None:
         """They have had their turn."""
@@ -132,8 +141,8 @@ class Schedule:
         if row.fresh:
             self.reuse.resume(row)
             row.fresh = False
+        self.runtime.put(self._free[-1], row.state)
         row.slot = self._free.pop()
-        self.runtime.put(row.slot, row.state)
         row.state = None
         self.rows.append(row)
 
