@@ -23,7 +23,7 @@ PRECISIONS: dict[str, tuple[float, int]] = {
 }
 """Bytes per weight of the layers' linears, and of everything else. nf4: a scale per 64 weights, itself in a byte."""
 
-CONTEXT = 600 << 20
+CONTEXT = 500 << 20
 """What CUDA itself and the workspaces of cuBLAS take, about."""
 
 
@@ -59,30 +59,24 @@ def parameters(model: type[RWKV], sizes: Sizes) -> tuple[int, int, int]:
 
 def workspace(version: str, sizes: Sizes, tokens: int, texts: int, itemsize: int) -> int:
     """Bytes that a batch of so many tokens of so many texts takes besides its logits; an upper bound for ragged.py."""
-    D = sizes.width
+    D, F, i = sizes.width, sizes.hidden, itemsize
     if version == "rwkv7":
-        time = D * (32 + 15 * itemsize) + 4 * max(getattr(sizes, f"rank_{name}") for name in "wavg") * itemsize
-        channel = D * (12 + 2 * itemsize) + sizes.hidden * itemsize
+        low = 4 * max(getattr(sizes, f"rank_{name}", 0) for name in "wavg")
+        time, channel = D * (32 + 16 * i) + low * i, D * (8 + 4 * i) + F * i
     else:
-        time = D * (24 + 21 * itemsize) + 5 * getattr(sizes, "rank_maa", 0) * itemsize
-        channel = D * (12 + 6 * itemsize) + sizes.hidden * itemsize
-    return tokens * max(time, channel) + texts * D * 12
+        low = 10 * getattr(sizes, "rank_maa", 0)
+        time, channel = D * (20 + 14 * i) + low * i, D * (8 + 9 * i) + F * i
+    return tokens * (max(time, channel) + 64) + texts * (D * 12 + 64)
 
 
-def estimate(
-    model: type[RWKV], sizes: Sizes, precision: str, slots: int, chunk: int, rows: int = 1, *, offload: bool = False
-) -> Memory:
-    """
-    Of serving a model with so many slots, batches of `chunk` tokens, of which `rows` end a text.
-
-    `offload`: the embedding table, of which only rows are read, stays in the CPU's memory.
-    """
+def estimate(model: type[RWKV], sizes: Sizes, precision: str, slots: int, chunk: int, rows: int = 1) -> Memory:
+    """Of serving a model with so many slots, in batches of `chunk` tokens of `rows` texts."""
     quantised, other = PRECISIONS[precision]
     embedding, linears, rest = parameters(model, sizes)
     layout = Layout(sizes.layers, sizes.width, sizes.heads, transposed=model.transposed)
     return Memory(
         weights=round(linears * quantised) + rest * other,
-        embedding=0 if offload else embedding * other,
+        embedding=embedding * other,
         states=(slots + 1) * state_bytes(layout),
         workspace=workspace(model.version, sizes, chunk, rows, other),
         logits=rows * sizes.vocabulary * (other + 4),

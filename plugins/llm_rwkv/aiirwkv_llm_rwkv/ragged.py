@@ -143,7 +143,16 @@ class _Layer:
         return batch.adapt(f"{self.path}.{name}", x, y)
 
     def __call__(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x [N, D] and what the layer below adds [A, N, D] → their sum, and what this layer adds."""
+        """x [N, D] and what the layer below adds [A, N, D] → their sum with the time mix, and what this layer adds."""
+        x, out = self.time_mix(x, add, first, batch)  # a call of its own, after which nothing else of it is in memory
+        return self.channel_mix(x, self.linear("att.output", out, batch)[None], batch)
+
+    def time_mix(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x + add, and the input of the time mix's output."""
+        raise NotImplementedError
+
+    def channel_mix(self, x: Tensor, add: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x + add, and what the channel mix adds to it."""
         raise NotImplementedError
 
 
@@ -173,7 +182,7 @@ class _Layer7(_Layer):
             self.rows = torch.empty_like(ffn.value.weight.mT, memory_format=torch.contiguous_format)
             _share(ffn.value, "weight", self.rows.mT)
 
-    def __call__(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def time_mix(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         x, mixed = self.mixed(x, add, self.block.ln1, self.mixes, batch, self.att)
         r, k, v = self.linears(mixed[:3], batch)
         low = _products(mixed[6 - len(self.down) :], self.down, self.linears.batched)
@@ -190,9 +199,10 @@ class _Layer7(_Layer):
             y = torch.empty_like(x)
             self.scan(r, log_w, k, v, (remove, insert), None, y, batch.texts, self.wkv, self.heads)
             finish(y, g, self.parameters, out, self.heads, (r, k, v))
-        x, mixed = self.mixed(
-            x, self.linear("att.output", out, batch)[None], self.block.ln2, self.ffn_mixes, batch, self.ffn
-        )
+        return x, out
+
+    def channel_mix(self, x: Tensor, add: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        x, mixed = self.mixed(x, add, self.block.ln2, self.ffn_mixes, batch, self.ffn)
         hidden = self.linear("ffn.key", mixed[0], batch)
         if len(x) == 1 and self.sparse and self.rows is not None and not batch.updates:
             parts = torch.empty((PARTS, *x.shape), device=x.device)
@@ -215,7 +225,7 @@ class _Layer6(_Layer):
         self.time = att
         self.linears = _Linears(att, f"{self.path}.att", ("key", "value", "receptance", "gate"))
 
-    def __call__(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def time_mix(self, x: Tensor, add: Tensor | None, first: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         now, change = (x.new_empty(x.shape, dtype=self.dtype) for _ in range(2))
         x, mixed = self.mixed(x, add, self.block.ln1, self.mixes, batch, self.att, (now, change))
         low = torch.tanh(mixed[0] @ self.time.time_maa_w1).view(len(x), 5, -1).transpose(0, 1)
@@ -230,9 +240,10 @@ class _Layer6(_Layer):
             y = torch.empty_like(x)
             self.scan(r, log_w, k, v, None, self.parameters["u"], y, batch.texts, self.wkv, self.heads)
             finish(y, g, self.parameters, out, self.heads)
-        x, mixed = self.mixed(
-            x, self.linear("att.output", out, batch)[None], self.block.ln2, self.ffn_mixes, batch, self.ffn
-        )
+        return x, out
+
+    def channel_mix(self, x: Tensor, add: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        x, mixed = self.mixed(x, add, self.block.ln2, self.ffn_mixes, batch, self.ffn)
         hidden = self.linear("ffn.key", mixed[0], batch)
         activate(hidden)
         gate = torch.sigmoid(self.linear("ffn.receptance", mixed[1], batch))
