@@ -91,6 +91,15 @@ class Prompt(_Strict, frozen=True):
             parts.append(_fill(after, text=question, documents=self.between.join(passages)))
         return [part for part in parts if part]
 
+    def beginning(self, messages: Sequence[Message], documents: Sequence[str]) -> list[str]:
+        """What a prompt with these documents after these messages begins with, whatever the question."""
+        if not messages and not any(map(clean, documents)):
+            raise BadRequest("states: read needs `documents`, `messages` or `prompt`; all are empty")
+        *parts, _ = self.parts([*messages, Message("user", "?")], documents)
+        if not parts:
+            raise BadRequest("states: in this model's form the question comes first; nothing can be read before it")
+        return parts
+
 
 class Card(_Strict, kw_only=True, frozen=True):
     """`sha256` maps file names to their hashes, checked when the model is loaded."""

@@ -7,10 +7,14 @@ the torch module defines, from the module's weights, and is held to it when a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,9 +24,11 @@ from .kernels import compiled as k
 from .kernels.matmul import WIDTH
 from .linear import Arena, Matrix, Plan, Precision, make_plan
 from .model import RWKV, Block
-from .runtime import Adapter, Piece, check, scarce
+from .runtime import Adapter, Piece, TorchRuntime, check, scarce
+from .rwkv6 import RWKV6, Sizes6
+from .rwkv7 import RWKV7, Sizes7
 
-__all__ = ["CpuRuntime", "suits"]
+__all__ = ["CpuRuntime", "disagreement", "suits"]
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +41,26 @@ def suits(model: RWKV) -> str:
     if sizes.width % WIDTH or sizes.head % 16:
         return f"the model's width {sizes.width} is no multiple of {WIDTH}, or its heads' {sizes.head} none of 16"
     return ""
+
+
+@cache
+def disagreement(version: str) -> str:
+    """How compiled code differs here from the torch module, tried on a small random model; or nothing."""
+    kind, sizes = SMALL[version]
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        model = kind(sizes).eval()
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.to(torch.bfloat16).float()  # weights that bfloat16 holds, as those of real models
+        plain, mine = TorchRuntime(model, 2), CpuRuntime(model.to(torch.bfloat16), "float32", 1, 2)
+        plain.model = model.float()
+        worst = 0.0
+        for lengths in ((40, 3), (1, 1)):
+            pieces = [Piece(slot, list(range(length))) for slot, length in enumerate(lengths)]
+            expected, found = plain.forward(pieces), mine.forward(pieces)
+            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return "" if worst < 1e-3 else f"its results are off by {worst:.1e} on this processor"
 
 
 class Pass:
@@ -248,6 +274,10 @@ class Layer6(Layer):
         return y
 
 
+SMALL: dict[str, tuple[type[RWKV], Any]] = {
+    "rwkv7": (RWKV7, Sizes7(64, 2, 64, 1, 128, 32, 32, 32, 32)),
+    "rwkv6": (RWKV6, Sizes6(64, 2, 64, 1, 128, 32, 32)),
+}
 LAYERS: dict[str, Callable[[Block, int, Plan, Arena], Layer]] = {"rwkv7": Layer7, "rwkv6": Layer6}
 
 
@@ -300,7 +330,7 @@ class CpuRuntime:
             True
         )  # of this thread; a state that fades would make everything a hundred times slower
         order = sorted(range(len(pieces)), key=lambda i: id(pieces[i].adapter))
-        with torch.inference_mode(), scarce(f"a batch of {sum(len(piece.tokens) for piece in pieces)} tokens"):
+        with _threads(self.threads), torch.inference_mode(), scarce(f"a batch of {sum(map(_length, pieces))} tokens"):
             p = Pass(self, [pieces[i] for i in order])
             x = p.array("x", self.layout.width)
             k.embed(p.tokens, self._table, *self._ln0, x)
@@ -312,6 +342,26 @@ class CpuRuntime:
         result = torch.empty(len(pieces), self.vocabulary)
         result[order] = torch.from_numpy(logits)[:, : self.vocabulary]
         return result
+
+
+_shared = threading.Lock()
+MOST: int = numba.get_num_threads()
+"""Threads of Numba; before anyone asks for fewer, as many as there are cores."""
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let Numba use so many threads. Not every way in which it shares work out may be used by two at once."""
+    if count == 1:
+        yield
+        return
+    with _shared:
+        numba.set_num_threads(min(count, MOST))
+        yield
+
+
+def _length(piece: Piece) -> int:
+    return len(piece.tokens)
 
 
 def _norm(norm: Any) -> tuple[Array, Array]:
