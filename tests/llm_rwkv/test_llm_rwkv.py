@@ -138,7 +138,7 @@ async def test_what_was_read_is_not_read_again(bus: Bus, llm: LlmRwkv) -> None:
     passage, asked = READING[2]
     replies = [await bus.call(question(passage, words)) for words, _ in asked]
     again = await bus.call(question(passage, asked[0][0]))
-    assert replies[0].usage.cached == 0 and again.usage.cached == again.usage.prompt and again.usage.bytes > 200_000
+    assert replies[0].usage.cached == 0 and again.usage.cached == again.usage.prompt and again.usage.bytes > 100_000
     assert all(20 < reply.usage.cached < reply.usage.prompt for reply in replies[1:]), "as far as the passage goes"
     assert again.text == replies[0].text
     fresh = [await bus.call(question(passage, words, cache=False)) for words, _ in asked]
@@ -191,7 +191,7 @@ async def test_a_failing_model_fails_one_request_only(bus: Bus, llm: LlmRwkv, mo
         raise RuntimeError("something broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm._engine.runtime, "forward", broken)
+        patch.setattr(llm._serving.find(None).engine.runtime, "forward", broken)
         with pytest.raises(ServiceError, match="the model failed with RuntimeError: something broke"):
             await bus.call(question(*_first()))
     assert (await bus.call(question(*_first()))).text == "half past six"
@@ -235,7 +235,7 @@ async def test_models(bus: Bus) -> None:
     assert nano.parameters == 2_411_328 and nano.size == (NANO / "model.safetensors").stat().st_size
     assert nano.sha256 == nano.card["sha256"]["model.safetensors"] and len(nano.sha256) == 64
     assert nano.card["prompt"]["reading"].startswith("User: {documents}")
-    with pytest.raises(BadRequest, match=r"`list` and `delete` .* yet, not 'pull'"):
+    with pytest.raises(BadRequest, match="neither a .safetensors nor a .pth file"):
         await bus.call(Models("pull", url="http://example.org/x"))
 
 
