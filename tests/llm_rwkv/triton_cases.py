@@ -58,7 +58,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """No trial at all."""
     if not GPU:
-        monkeypatch.setattr(trial, "choose", lambda runtime, ragged: {"graphs": "off"})
+        monkeypatch.setattr(trial, "choose", lambda runtime, ragged: None)
 
 
 def random_texts(seed: int = 0) -> tuple[Texts, Callable[..., Tensor]]:
@@ -195,7 +195,7 @@ def test_graphs_are_filled_up_and_forgotten(untried: None, monkeypatch: pytest.M
     model = random_model("rwkv7")
     runtime, reference = CudaRuntime(model, slots=5), TorchRuntime(model, slots=5)
     monkeypatch.setattr(cuda, "record", record)
-    del runtime.choices["graphs"]
+    runtime.graphs = True
     for slots in ([3, 0, 4], [1], [2, 3, 4], [0, 1, 2, 3]):
         pieces = [Piece(slot, [7 + slot]) for slot in slots]
         assert close(runtime.forward(pieces), reference.forward(pieces))
@@ -216,7 +216,7 @@ def test_without_a_graph_it_runs_all_the_same(untried: None, monkeypatch: pytest
     model = random_model("rwkv7")
     runtime, reference = CudaRuntime(model, slots=1), TorchRuntime(model, slots=1)
     monkeypatch.setattr(cuda, "record", record)
-    del runtime.choices["graphs"]
+    runtime.graphs = True
     assert close(runtime.forward([Piece(0, [7])]), reference.forward([Piece(0, [7])]))
     assert close(runtime.get(0), reference.get(0))
     expected = "off: of 1 texts it failed with RuntimeError: operation not permitted when stream is capturing"

@@ -26,6 +26,9 @@ __all__ = ["CudaRuntime"]
 
 logger = logging.getLogger(__name__)
 
+Graph = Callable[[list[int], list[int]], Tensor]
+"""The next token of each text, and their slots → logits [texts, V], to be used before the next call."""
+
 
 class CudaRuntime(TorchRuntime):
     """As `TorchRuntime`, and faster. After a MemoryError every state is as it was."""
@@ -39,7 +42,8 @@ class CudaRuntime(TorchRuntime):
         super().__init__(model, slots)
         self.dtype = model.ln_out.weight.dtype
         self.ragged: Ragged | None = None
-        self._graphs: dict[int, Callable[[Tensor], Tensor] | None] = {}
+        self.graphs = False
+        self._graphs: dict[int, Graph | None] = {}
         self._out = torch.empty(0)
         self._memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         with self._here():
@@ -71,9 +75,7 @@ class CudaRuntime(TorchRuntime):
         if max(lengths) == 1 and not any(piece.adapter for piece in pieces):
             size = next((size for size in self.SIZES if size >= len(pieces)), 0)
             if size and (graph := self._graph(size)):
-                idle = [len(self.pool) - 1] * (size - len(pieces))
-                rows = [[piece.tokens[0] for piece in pieces] + [0] * len(idle), [p.slot for p in pieces] + idle]
-                return graph(torch.tensor(rows, dtype=torch.int32))[: len(pieces)]
+                return graph([piece.tokens[0] for piece in pieces], [piece.slot for piece in pieces])
         tokens = sum(lengths)
         with scarce(f"a batch of {tokens} tokens"):
             batch = self._batch(pieces)
@@ -115,9 +117,9 @@ class CudaRuntime(TorchRuntime):
         single = len(tokens) == len(pieces)
         return Batch(Texts(self.pool, slots, begin, length, text), tokens, last, single, updates)
 
-    def _graph(self, size: int) -> Callable[[Tensor], Tensor] | None:
-        """What a batch of that size is run by: numbers [2, size] on the CPU, tokens and slots → logits [size, V]."""
-        if "graphs" in self.choices:
+    def _graph(self, size: int) -> Graph | None:
+        """What runs a batch of up to that many texts."""
+        if not self.graphs:
             return None
         if size not in self._graphs:
             try:
@@ -126,29 +128,31 @@ class CudaRuntime(TorchRuntime):
                 self._graphs[size] = None
                 reason = str(error).partition("\n")[0]
                 if not isinstance(error, torch.OutOfMemoryError):
+                    self.graphs = False
                     self.choices["graphs"] = f"off: of {size} texts it failed with {type(error).__name__}: {reason}"
                 logger.warning("a CUDA graph of %d texts cannot be had: %s", size, reason)
         return self._graphs[size]
 
-    def _capture(self, size: int) -> Callable[[Tensor], Tensor]:
+    def _capture(self, size: int) -> Graph:
         from .kernels.fused import Texts
         from .ragged import Batch
 
         assert self.ragged is not None
-        ragged = self.ragged
-        numbers = torch.zeros(2, _round(size), dtype=torch.int32, device=self.device)[:, :size]
-        numbers[1] = len(self.pool) - 1
+        ragged, spare, width = self.ragged, len(self.pool) - 1, _round(size)
+        numbers = torch.tensor([[0] * width, [spare] * width], dtype=torch.int32, device=self.device)
+        tokens, slots = numbers[:, :size]
         each = torch.arange(size, dtype=torch.int32, device=self.device)
-        batch = Batch(Texts(self.pool, numbers[1], each, torch.ones_like(each), each), numbers[0], each, single=True)
+        batch = Batch(Texts(self.pool, slots, each, torch.ones_like(each), each), tokens, each, single=True)
         if size > len(self._out):  # where all graphs of up to this size put their logits, which are used at once
             self._out = torch.empty(size, self.vocabulary, dtype=self.dtype, device=self.device)
         out = self._out[:size]
         replay = record(lambda: out.copy_(ragged(batch)), self._memory)
 
-        def run(given: Tensor) -> Tensor:
-            numbers.copy_(given)
+        def run(tokens: list[int], slots: list[int]) -> Tensor:
+            idle = width - len(tokens)
+            numbers.copy_(torch.tensor([tokens + [0] * idle, slots + [spare] * idle], dtype=torch.int32))
             replay()
-            return out
+            return out[: len(tokens)]
 
         return run
 
@@ -161,9 +165,9 @@ class CudaRuntime(TorchRuntime):
 
             with scarce("the kernels' form of the weights"), torch.inference_mode():
                 ragged = Ragged(self.model)
-                self.choices |= choose(self, ragged)
+                choose(self, ragged)
         except (ImportError, LookupError, MemoryError, ValueError) as error:
-            self.choices = {"runtime": f"plain torch: {error}"}
+            self.graphs, self.choices = False, {"runtime": f"plain torch: {error}"}
         else:
             self.ragged = ragged
 

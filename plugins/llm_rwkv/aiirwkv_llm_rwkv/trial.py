@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-not-found, import-untyped"
 """What the GPU's runtime uses, chosen at load on the model itself: the fastest of what says the same as plain torch."""
 
 from __future__ import annotations
@@ -40,24 +41,28 @@ Said = tuple[Tensor, Tensor]
 Options = Callable[[], dict[str, Any]]
 
 
-def choose(runtime: CudaRuntime, ragged: Ragged) -> dict[str, str]:
-    """Set what `ragged` uses → the choices, and why. Raises LookupError when nothing says the same as plain torch."""
-    until = time.perf_counter() + LONG
-    choices = {}
+def choose(runtime: CudaRuntime, ragged: Ragged) -> None:
+    """Set what both use, and the runtime's choices. Raises LookupError when nothing says the same as plain torch."""
+    until, choices = time.perf_counter() + LONG, runtime.choices
     expected = _say(runtime, None)
-    runtime.choices["graphs"] = "off during the trial"
     scans = dict(_scans(ragged.model.version, runtime.dtype, runtime.device))
     choices["prefill"] = _fastest(runtime, ragged, scans, PROMPT, expected, until)
     choices["runtime"] = f"Triton kernels, which agree with plain torch on this {runtime.device.type}"
-    if runtime.device.type == "cuda":
-        del runtime.choices["graphs"]
-        if not (apart := _apart(_say(runtime, ragged), expected)) <= NEAR[runtime.dtype]:
-            runtime.choices["graphs"] = f"off: what one says is off by {apart:.2g}"
-    else:
-        runtime.choices["graphs"] = f"off: a {runtime.device.type} has none"
+    choices["graphs"] = _graphs(runtime, ragged, expected)
     single = {name: options.copy for name, options in SINGLE.items()}
     choices["decode"] = _fastest(runtime, ragged, single, 1, expected, until)
-    return choices
+
+
+def _graphs(runtime: CudaRuntime, ragged: Ragged, expected: Said) -> str:
+    """Whether texts of one token each are run by CUDA graphs."""
+    if runtime.device.type != "cuda":
+        return f"off: a {runtime.device.type} has none"
+    runtime.graphs = True
+    apart = _apart(_say(runtime, ragged), expected)
+    if not runtime.graphs:  # it has said why
+        return runtime.choices["graphs"]
+    runtime.graphs = apart <= NEAR[runtime.dtype]
+    return "on, where every text has one token" if runtime.graphs else f"off: what they say is off by {apart:.2g}"
 
 
 def _fastest(
@@ -134,8 +139,8 @@ def _scans(version: str, dtype: torch.dtype, device: torch.device) -> Iterator[t
 
 def _flash_linear_attention(dtype: torch.dtype) -> Scan:
     """The kernels of the package of that name. Raises ImportError."""
-    from fla.ops.rwkv6 import chunk_rwkv6  # type: ignore[import-not-found]
-    from fla.ops.rwkv7 import chunk_rwkv7  # type: ignore[import-not-found]
+    from fla.ops.rwkv6 import chunk_rwkv6
+    from fla.ops.rwkv7 import chunk_rwkv7
 
     def scan(
         r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, ab: tuple[Tensor, Tensor] | None, u: Tensor | None, y: Tensor,
