@@ -48,10 +48,10 @@ def random_model(version: str, dtype: torch.dtype = torch.float32) -> RWKV:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial of less, since an interpreter takes its time."""
+    monkeypatch.setattr(trial, "LONG", 600.0)
     if not GPU:
         monkeypatch.setattr(trial, "PROMPT", 2)
         monkeypatch.setattr(trial, "LENGTHS", (17, 1))
-        monkeypatch.setattr(trial, "LONG", 600.0)
 
 
 @pytest.fixture
