@@ -26,8 +26,8 @@ class Pass(NamedTuple):
 class Pace:
     """It learns from the last passes what one without a prompt takes, and what a token of a prompt adds."""
 
-    EXTRA = 1.25
-    """What prompts may add to a pass, in passes without any: gaps become 2.25 times the normal one."""
+    EXTRA = 1.0
+    """What prompts may add to a pass, in passes without any: the time between two tokens is doubled then."""
     LEAST, MOST = 8, 256
     """Tokens of prompts that are read beside rows that write."""
 
@@ -36,7 +36,7 @@ class Pace:
         self.seconds = seconds
         self._passes: deque[Pass] = deque()
         self._alone: dict[int, deque[float]] = {}
-        self._token: deque[float] = deque(maxlen=5)
+        self._token: deque[float] = deque(maxlen=3)
 
     def chunk(self, writing: int, most: int) -> int:
         """Tokens of prompts, at most `most`, for a pass in which so many rows write."""
