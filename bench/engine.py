@@ -11,12 +11,16 @@ row what memory bandwidth or arithmetic of this machine allow at best. Run it on
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -155,6 +159,203 @@ def resident() -> float:
     return float(psutil.Process().memory_info().rss) / 1e6
 
 
+def service(path: Path, precision: str, folder: Path) -> Any:
+    """The model as the plugin serves it, with its engine and its state cache."""
+    from aiirwkv_llm_rwkv.engine import hand_out
+    from aiirwkv_llm_rwkv.library import Files
+    from aiirwkv_llm_rwkv.service import Service, Wishes
+
+    wishes = Wishes(data=folder, precision=precision, threads=1, states_memory=1 << 30, states_disk=1 << 30)
+    return Service(Files.at(path.with_suffix(".safetensors")), wishes, hand_out)
+
+
+class Asked:
+    """A run of random tokens, and when those came that it wrote: greedily, and whole characters, each shown at once."""
+
+    def __init__(
+        self, served: Any, prompt: Sequence[int], tokens: int, cuts: Sequence[int] = (), cache: bool = False
+    ) -> None:
+        from aiirwkv_llm_rwkv.card import Sampling
+        from aiirwkv_llm_rwkv.output import Output
+        from aiirwkv_llm_rwkv.requests import Run
+        from aiirwkv_llm_rwkv.sampling import Sampler
+
+        self.times: list[float] = []
+        self.error: object = None
+        self.done = threading.Event()
+        greedy = Sampling(temperature=0.0, presence=0.0, frequency=0.0)
+        self.run = Run(
+            prompt=prompt,
+            samplers=[Sampler(greedy, ban=unshown(served), rows=served.engine.runtime.vocabulary)],
+            outputs=[Output()],
+            emit=self.told,
+            max_tokens=tokens,
+            owner="bench",
+            cache=cache,
+            root=served.cache.root("bench"),
+            cuts=cuts,
+        )
+        self.began = time.perf_counter()
+        served.engine.submit(self.run)
+
+    def told(self, piece: Any) -> None:
+        self.times.append(time.perf_counter())
+        if isinstance(piece, Exception):
+            self.error = piece
+        if self.error or piece.usage:
+            self.done.set()
+
+    def seconds(self) -> float:
+        """From the request to its end."""
+        self.done.wait()
+        if self.error:
+            raise RuntimeError(self.error)
+        return self.times[-1] - self.began
+
+
+def unshown(served: Any) -> list[int]:
+    """The tokens that are not text by themselves."""
+    tokens = served.engine.tokenizer.tokens
+    return [id for id in range(served.engine.runtime.vocabulary) if not tokens.get(id, b"").decode("utf-8", "ignore")]
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    import torch
+
+    numbers: list[int] = torch.randint(1, 60_000, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return numbers
+
+
+def states(path: Path, precision: str, rounds: int) -> dict[str, float]:
+    """Seconds to the first token, with and without what was read before."""
+    with tempfile.TemporaryDirectory() as folder:
+        served = service(path, precision, Path(folder))
+        prefix, document = random_tokens(512, 1), random_tokens(4000, 2)
+        Asked(served, prefix, 1, cache=True).seconds()
+        Asked(served, document, 1, cache=True).seconds()
+        found: dict[str, float] = {}
+
+        def note(what: str, seconds: float) -> None:
+            found[what] = min(seconds, found.get(what, seconds))
+
+        for turn in range(rounds):
+            new, question = random_tokens(8, 10 + turn), random_tokens(16, 20 + turn)
+            note("520 tokens", Asked(served, [*prefix, *new], 1).seconds())
+            note("8 after 512 kept", Asked(served, [*prefix, *new], 1, [512], cache=True).seconds())
+            note("16 tokens", Asked(served, question, 1).seconds())
+            note("16 after 4000 kept", Asked(served, [*document, *question], 1, [4000], cache=True).seconds())
+        served.close()
+    return found
+
+
+def gaps(path: Path, precision: str) -> dict[str, float]:
+    """Seconds between the tokens of an answer: usually, and at most while a prompt of 4 000 tokens arrives."""
+    with tempfile.TemporaryDirectory() as folder:
+        served = service(path, precision, Path(folder))
+        answer = Asked(served, random_tokens(16, 1), 100_000)
+        time.sleep(3)
+        before = len(answer.times)
+        prompt = Asked(served, random_tokens(4000, 2), 1)
+        prompt.done.wait()
+        answer.run.cancel()
+        times = answer.times
+        usual = sorted(
+            b - a for a, b in zip(times[before // 3 : before], times[before // 3 + 1 : before], strict=False)
+        )
+        during = [b - a for a, b in itertools.pairwise(times[before - 1 :])]
+        served.close()
+    return {"usual": usual[len(usual) // 2], "longest": max(during), "prompt": prompt.times[-1] - prompt.began}
+
+
+TEXT = 48
+"""Tokens that each of the clients asks for."""
+
+
+def own_rate(served: Any, streams: int) -> float:
+    """Tokens per second of so many texts at once, asked of the engine itself."""
+    start = time.perf_counter()
+    runs = [Asked(served, random_tokens(8, seed), TEXT) for seed in range(streams)]
+    for run in runs:
+        run.seconds()
+    return streams * TEXT / (time.perf_counter() - start)
+
+
+async def serve(config: Any, path: Path, precision: str, folder: Path, core: int, pipe: Any) -> None:
+    from aiirwkv import Bus
+    from aiirwkv.config import Config
+    from aiirwkv.plugins import Registry
+    from aiirwkv.worker import serving
+    from aiirwkv_llm_rwkv import LlmRwkv
+
+    pin(core)
+    async with Bus.connect(config) as bus:
+        plugin = LlmRwkv(model=str(path.with_suffix(".safetensors")), precision=precision, threads=1).attach(
+            folder, bus
+        )
+        registry = Registry()
+        registry.add("llm_rwkv", plugin)
+        async with serving(bus, registry, Config(), "bench"):
+            served = plugin._serving.find(None)
+            while await asyncio.to_thread(pipe.recv):
+                pipe.send(await asyncio.to_thread(own_rate, served, STREAMS))
+
+
+def worker(*arguments: Any) -> None:
+    import anyio
+
+    anyio.run(serve, *arguments, backend_options={"use_uvloop": True})  # as worker processes do
+
+
+async def through_the_bus(path: Path, precision: str, core: int, rounds: int) -> dict[str, float]:
+    """Tokens per second of 16 clients that stream, and of the engine that they ask, by turns."""
+    import anyio
+    from aiirwkv import Bus
+    from aiirwkv.server import embedded
+    from aiirwkv.types import Generate
+
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    found = {"bus": 0.0, "engine": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        async with embedded(Path(folder)) as config:
+            arguments = (config, path, precision, Path(folder), core, theirs)
+            process = multiprocessing.get_context("spawn").Process(target=worker, args=arguments)
+            process.start()
+            async with Bus.connect(config) as bus:
+
+                async def client(number: int) -> None:
+                    request = Generate(
+                        f"Number {number}:",
+                        max_tokens=TEXT,
+                        temperature=0,
+                        presence=0,
+                        frequency=0,
+                        ban=[0],
+                        cache=False,
+                    )
+                    async with bus.stream(request) as chunks:
+                        async for _ in chunks:
+                            pass
+
+                async def clients() -> float:
+                    start = time.perf_counter()
+                    async with anyio.create_task_group() as tasks:
+                        for number in range(STREAMS):
+                            tasks.start_soon(client, number)
+                    return STREAMS * TEXT / (time.perf_counter() - start)
+
+                while not await bus.services("generate"):
+                    await asyncio.sleep(0.2)
+                await clients()
+                for _ in range(rounds):
+                    ours.send(True)
+                    found["engine"] = max(found["engine"], await asyncio.to_thread(ours.recv))
+                    found["bus"] = max(found["bus"], await clients())
+            ours.send(False)
+            process.terminate()
+            process.join()
+    return found
+
+
 def limits() -> dict[str, float]:
     """What one core can do at best: GB/s read from memory, GFLOP/s of products, measured with the fastest code here."""
     import numpy as np
@@ -250,6 +451,38 @@ def report_speed(table: Table, result: dict[str, Any], counts: dict[str, float],
         table.say(f"\n{precision}: {choices['products']}")
 
 
+def report_states(table: Table, file: Path, given: argparse.Namespace, version: str) -> None:
+    table.head("kept states, gaps and the bus", "precision", "without", "with", "ratio", "must", "aim")
+    for precision in ("float32", "bfloat16"):
+        found = child("states", file, precision, given.rounds, version=version, core=given.core)
+        cold, warm = found["520 tokens"], found["8 after 512 kept"]
+        table.row(
+            "first token, 512 kept + 8 new", precision, ms(cold), ms(warm), f"**{cold / warm:.1f} ×**", "10 ×", "20 ×"
+        )
+        empty, read = found["16 tokens"], found["16 after 4000 kept"]
+        table.row(
+            "16 tokens on an empty state, and after 4 000 read ones",
+            precision, ms(empty), ms(read), f"**{read / empty:.2f}**", "≤ 1.5", "1.1",
+        )  # fmt: skip
+        found = child("gaps", file, precision, version=version, core=given.core)
+        table.row(
+            "gap between tokens: usual, longest beside a prompt of 4 000",
+            precision, ms(found["usual"]), ms(found["longest"]), f"**{found['longest'] / found['usual']:.1f}**",
+            "≤ 3", "",
+        )  # fmt: skip
+        found = child("bus", file, precision, given.rounds, version=version, core=given.core)
+        table.row(
+            "16 streams: engine, and 16 clients through the bus, tok/s",
+            precision, f"{found['engine']:.0f}", f"{found['bus']:.0f}", f"**{found['bus'] / found['engine']:.3f}**",
+            "≥ 0.9", "0.95",
+        )  # fmt: skip
+    table.say()
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
@@ -268,6 +501,11 @@ def main() -> None:
             measure(given, given.checkpoints or Path(folder))
 
 
+def other_core(core: int) -> int:
+    """One that is not this one, if there is any: the clients must not take the engine's time."""
+    return (core + 1) % (os.cpu_count() or 1)
+
+
 def run_child(command: Sequence[str], core: int) -> None:
     pin(core)
     work, *arguments = command
@@ -275,6 +513,11 @@ def run_child(command: Sequence[str], core: int) -> None:
         "speed": lambda path, rounds: speed(Path(path), int(rounds)),
         "memory": lambda path, who: memory(Path(path), who),
         "limits": limits,
+        "states": lambda path, precision, rounds: states(Path(path), precision, int(rounds)),
+        "gaps": lambda path, precision: gaps(Path(path), precision),
+        "bus": lambda path, precision, rounds: asyncio.run(
+            through_the_bus(Path(path), precision, other_core(core), int(rounds))
+        ),
     }
     print(json.dumps(functions[work](*arguments)))
 
@@ -304,6 +547,8 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
                 found = child("memory", file, who, version=version, core=given.core)
                 table.row(who, f"{found['imported']:.0f}", f"**{found['all']:.0f}**")
             table.say()
+            if version == "rwkv7":
+                report_states(table, file, given, version)
     if given.output:
         given.output.write_text("\n".join(table.lines) + "\n", "utf-8")
 
