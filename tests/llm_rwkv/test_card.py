@@ -8,6 +8,8 @@ import msgspec
 import pytest
 from aiirwkv import BadRequest, Message, PluginError
 from aiirwkv_llm_rwkv.card import Card, Prompt, clean
+from aiirwkv_llm_rwkv.library import Files
+from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 
 from .conftest import NANO
 
@@ -40,6 +42,40 @@ def test_other_published_forms_fit() -> None:
     assert thinking.write([Message("user", "a")]) == "User: a\n\nAssistant: <think>\n</think"
     instruction = Prompt(reading="Instruction: {text}\n\nInput: {documents}\n\nResponse:")
     assert instruction.write([Message("user", "a")], ["b"]) == "Instruction: a\n\nInput: b\n\nResponse:"
+
+
+@pytest.mark.parametrize("prompt", [Prompt(), Prompt(reading="User: {documents}\nQuestion: {text}\n\nAssistant:")])
+@pytest.mark.parametrize("documents", [["图书馆九点开门。", "它是红色的。"], ["It opens at nine.", "It is red."]])
+def test_a_document_is_read_in_the_tokens_that_it_has_before_a_question(prompt: Prompt, documents: list[str]) -> None:
+    tokenizer = Tokenizer.load(Files.world())
+    (first, _), (both, (one, two, _)) = (
+        tokenizer.encode_parts(prompt.beginning([], texts)) for texts in (documents[:1], documents)
+    )
+    alone = first[: tokenizer.encode_parts(prompt.beginning([], documents[:1]))[1][0]]
+    assert alone == both[:one] and documents[0] in tokenizer.decode(alone)
+    for texts, read in ((documents[:1], both[:one]), (documents, both[:two])):
+        asked = prompt.write([Message("user", "几点？ When?")], texts)
+        assert tokenizer.encode(asked)[: len(read)] == read
+
+
+def test_a_prompt_can_only_begin_with_what_comes_before_the_question() -> None:
+    with pytest.raises(BadRequest, match="the question comes first"):
+        Prompt(reading="Instruction: {text}\n\nInput: {documents}\n\nResponse:").beginning([], ["a"])
+    with pytest.raises(BadRequest, match="all are empty"):
+        Prompt().beginning([], [" "])
+
+
+def test_the_parts_of_a_prompt() -> None:
+    general = Prompt().parts([*TALK[:3], TALK[0], Message("user", "Why?")], ["a", " ", "b"])
+    assert general == [
+        "System: Be brief.\n\n",
+        "User: Hi\n\n",
+        "Assistant: Hello!\n\n",
+        "System: Be brief.\n\n",
+        "a",
+        "\nb",
+        "\n\nUser: Why?\n\nAssistant:",
+    ]
 
 
 def test_words_are_not_taken_for_forms() -> None:

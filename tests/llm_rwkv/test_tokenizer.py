@@ -159,3 +159,20 @@ def test_text_arrives_in_whole_characters() -> None:
     assert not any("\ufffd" in piece for piece in pieces)
     assert Utf8().add("好".encode()[:2]) == ""
     assert Utf8().add(b"a\xff\xfeb") == "ab"
+
+
+def test_where_the_parts_of_a_text_end(both: tuple[Any, Tokenizer]) -> None:
+    _, tokenizer = both
+    for seed in range(20):
+        chance = random.Random(seed)
+        parts = [any_text(seed * 9 + number)[: chance.randrange(1, 60)] for number in range(8)] + [
+            "。",
+            "\n",
+            "\n\nUser:",
+        ]
+        ids, cuts = tokenizer.encode_parts(parts)
+        assert ids == tokenizer.encode("".join(parts)) and cuts == sorted(cuts) and cuts[-1] == len(ids)
+        for number, cut in enumerate(cuts, 1):
+            begun = "".join(parts[:number]).encode()
+            assert tokenizer.raw(ids[:cut]).startswith(begun) and not tokenizer.raw(ids[: cut - 1]).startswith(begun)
+    assert tokenizer.encode_parts([]) == ([], [])

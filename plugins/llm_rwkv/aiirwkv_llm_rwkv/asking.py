@@ -117,10 +117,10 @@ class Asking:
         if request.prompt:
             if request.messages or request.documents:
                 raise BadRequest("states: read takes either `prompt`, or `messages` and `documents`")
-            parts = [request.prompt]
+            tokens, cuts = self._encode([request.prompt])
         else:
-            parts = self.service.card.prompt.beginning(request.messages, request.documents)
-        tokens, cuts = self._encode(parts)
+            tokens, cuts = self._encode(self.service.card.prompt.beginning(request.messages, request.documents))
+            tokens, cuts = tokens[: cuts[-2]], cuts[:-1]
         state, adapter, root = self._tuned(request.state, request.adapter, ctx)
         engine = self.service.engine
         return Run(

@@ -92,11 +92,15 @@ class Prompt(_Strict, frozen=True):
         return [part for part in parts if part]
 
     def beginning(self, messages: Sequence[Message], documents: Sequence[str]) -> list[str]:
-        """What a prompt with these documents after these messages begins with, whatever the question."""
+        """
+        What a prompt with these documents after these messages begins with, whatever the question, in parts.
+
+        The last part is not of it: it shows what follows, since a token may reach into that ("。" and a new line).
+        """
         if not messages and not any(map(clean, documents)):
             raise BadRequest("states: read needs `documents`, `messages` or `prompt`; all are empty")
-        *parts, _ = self.parts([*messages, Message("user", "?")], documents)
-        if not parts:
+        parts = self.parts([*messages, Message("user", "?")], documents)
+        if len(parts) == 1:
             raise BadRequest("states: in this model's form the question comes first; nothing can be read before it")
         return parts
 

@@ -86,14 +86,14 @@ class Tokenizer:
 
     def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
         """
-        The ids of the whole text, and after how many of them each part is complete.
+        The ids of the whole text, and for each part after how many of them it is complete.
 
         A token may reach into the next part. Since the longest match wins from the left on, another text that begins
         with the same parts has the same ids up to there, but where such a token ends otherwise.
         """
         ids = self.encode("".join(parts))
         ends = np.cumsum([len(part.encode()) for part in parts])
-        return ids, sorted({*(np.searchsorted(np.cumsum(self._lengths[ids]), ends) + 1).tolist()}) if ids else []
+        return ids, (np.searchsorted(np.cumsum(self._lengths[ids]), ends) + 1).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.raw(ids).decode("utf-8", "replace")
