@@ -496,6 +496,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         run_child(given.child, given.core)
+    elif given.device != "cpu":
+        import engine_cuda
+
+        output = ["--output", str(given.output)] if given.output else []
+        engine_cuda.run(engine_cuda.arguments(["--device", given.device, *output]))
     else:
         with tempfile.TemporaryDirectory() as folder:
             measure(given, given.checkpoints or Path(folder))

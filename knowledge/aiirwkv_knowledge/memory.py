@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 from aiirwkv import (
-    Bus,
     Collection,
     Conflict,
     Context,
@@ -24,6 +24,9 @@ from aiirwkv import (
 from .catalogue import Catalogue
 from .remembered import NOT_READ, Portion, Remembered, Task
 from .vectors import in_thread
+
+if TYPE_CHECKING:
+    from aiirwkv import Bus
 
 log = logging.getLogger(__name__)
 
