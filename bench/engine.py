@@ -87,8 +87,8 @@ class quiet:
 
 def runtime(path: Path, precision: str, slots: int = STREAMS) -> Any:
     import torch
-    from aiirwkv_llm_rwkv.checkpoint import load
-    from aiirwkv_llm_rwkv.cpu import CpuRuntime
+    from aiirwkv_llm_rwkv.network.checkpoint import load
+    from aiirwkv_llm_rwkv.runtimes.cpu import CpuRuntime
 
     model = load(path.with_suffix(".safetensors"), torch.device("cpu"), torch.bfloat16)
     return CpuRuntime(model, precision, 1, slots)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def runtime(path: Path, precision: str, slots: int = STREAMS) -> Any:
 def speed(path: Path, rounds: int) -> dict[str, Any]:
     """Seconds per token by who and what; everybody has a turn in every round, and the fastest counts."""
     import torch
-    from aiirwkv_llm_rwkv.runtime import Piece
+    from aiirwkv_llm_rwkv.runtimes.runtime import Piece
 
     torch.manual_seed(0)
     tokens = torch.randint(1, VOCABULARY - 1, (max(PROMPTS),)).tolist()
@@ -130,7 +130,7 @@ def speed(path: Path, rounds: int) -> dict[str, Any]:
 def memory(path: Path, who: str) -> dict[str, Any]:
     """Megabytes that stay in memory after one token: of the import, and in all."""
     import torch
-    from aiirwkv_llm_rwkv.runtime import Piece
+    from aiirwkv_llm_rwkv.runtimes.runtime import Piece
 
     torch.set_num_threads(1)
     if who == "package":
@@ -140,7 +140,7 @@ def memory(path: Path, who: str) -> dict[str, Any]:
         model = package(path)
         model.forward([7], None)
     else:
-        import aiirwkv_llm_rwkv.cpu  # noqa: F401
+        import aiirwkv_llm_rwkv.runtimes.cpu  # noqa: F401
 
         imported = resident()
         model = runtime(path, who, 1)
@@ -161,9 +161,9 @@ def resident() -> float:
 
 def service(path: Path, precision: str, folder: Path) -> Any:
     """The model as the plugin serves it, with its engine and its state cache."""
-    from aiirwkv_llm_rwkv.engine import hand_out
-    from aiirwkv_llm_rwkv.library import Files
+    from aiirwkv_llm_rwkv.engine.loop import hand_out
     from aiirwkv_llm_rwkv.service import Service, Wishes
+    from aiirwkv_llm_rwkv.shelf.library import Files
 
     wishes = Wishes(data=folder, precision=precision, threads=1, states_memory=1 << 30, states_disk=1 << 30)
     return Service(Files.at(path.with_suffix(".safetensors")), wishes, hand_out)
@@ -176,9 +176,9 @@ class Asked:
         self, served: Any, prompt: Sequence[int], tokens: int, cuts: Sequence[int] = (), cache: bool = False
     ) -> None:
         from aiirwkv_llm_rwkv.card import Sampling
-        from aiirwkv_llm_rwkv.output import Output
-        from aiirwkv_llm_rwkv.requests import Run
-        from aiirwkv_llm_rwkv.sampling import Sampler
+        from aiirwkv_llm_rwkv.engine.output import Output
+        from aiirwkv_llm_rwkv.engine.requests import Run
+        from aiirwkv_llm_rwkv.engine.sampling import Sampler
 
         self.times: list[float] = []
         self.error: object = None

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from aiirwkv_llm_rwkv.cuda import CudaRuntime
-from aiirwkv_llm_rwkv.memory import estimate, parameters, state_bytes
-from aiirwkv_llm_rwkv.model import RWKV, Sizes
-from aiirwkv_llm_rwkv.quantise import quantise
-from aiirwkv_llm_rwkv.runtime import Piece, Runtime
+from aiirwkv_llm_rwkv.network.model import RWKV, Sizes
+from aiirwkv_llm_rwkv.runtimes.cuda import CudaRuntime
+from aiirwkv_llm_rwkv.runtimes.memory import estimate, parameters, state_bytes
+from aiirwkv_llm_rwkv.runtimes.quantise import quantise
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, Runtime
 
 from bench.memory import sizes_of
 

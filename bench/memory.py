@@ -23,10 +23,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from aiirwkv_llm_rwkv.memory import BGE_M3, CONTEXT, Memory, estimate
-from aiirwkv_llm_rwkv.model import RWKV, Sizes
-from aiirwkv_llm_rwkv.rwkv6 import RWKV6, Sizes6
-from aiirwkv_llm_rwkv.rwkv7 import RWKV7, Sizes7
+from aiirwkv_llm_rwkv.network.model import RWKV, Sizes
+from aiirwkv_llm_rwkv.network.rwkv6 import RWKV6, Sizes6
+from aiirwkv_llm_rwkv.network.rwkv7 import RWKV7, Sizes7
+from aiirwkv_llm_rwkv.runtimes.memory import BGE_M3, CONTEXT, Memory, estimate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -124,7 +124,7 @@ class Allocated(TorchDispatchMode):
 
 
 def made(version: str, layers: int, width: int, vocabulary: int, dtype: torch.dtype) -> RWKV:
-    from aiirwkv_llm_rwkv.checkpoint import UNUSED
+    from aiirwkv_llm_rwkv.network.checkpoint import UNUSED
 
     kind, sizes = sizes_of(version, layers, width, vocabulary)
     with torch.device("meta"):
@@ -136,10 +136,10 @@ def made(version: str, layers: int, width: int, vocabulary: int, dtype: torch.dt
 
 def ragged_peak(version: str, layers: int, width: int, tokens: int) -> tuple[int, Memory]:
     """Bytes allocated at the peak of one batch of a bfloat16 model on the GPU's code, and what is reckoned."""
-    from aiirwkv_llm_rwkv import trial
-    from aiirwkv_llm_rwkv.cuda import CudaRuntime
-    from aiirwkv_llm_rwkv.ragged import Ragged
-    from aiirwkv_llm_rwkv.runtime import Piece
+    from aiirwkv_llm_rwkv.runtimes import trial
+    from aiirwkv_llm_rwkv.runtimes.cuda import CudaRuntime
+    from aiirwkv_llm_rwkv.runtimes.ragged import Ragged
+    from aiirwkv_llm_rwkv.runtimes.runtime import Piece
 
     trial.choose = lambda runtime, ragged: None
     model = made(version, layers, width, 1024, torch.bfloat16)
@@ -154,7 +154,7 @@ def ragged_peak(version: str, layers: int, width: int, tokens: int) -> tuple[int
 def resident() -> dict[str, float]:
     """Bytes that a small model on this CPU takes of the system, and what is reckoned."""
     import psutil
-    from aiirwkv_llm_rwkv.runtime import Piece, TorchRuntime
+    from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
 
     torch.set_num_threads(1)
 

@@ -142,17 +142,23 @@ async def ask(bus: Bus, questions: list[Question], way: Way, options: argparse.N
     return tally
 
 
+async def switch(bus: Bus, sources: dict[str, list[Source]], on: bool) -> None:
+    """Have all documents read, or forgotten."""
+    for collection in sources:
+        reply = await bus.call(Collections("describe", name=collection, read=on), timeout=3600)
+        for problem in reply.problems:
+            print(f"  {problem}")
+
+
 async def measure(
     bus: Bus, sources: dict[str, list[Source]], asked: list[Question], options: argparse.Namespace
 ) -> list[list[str]]:
     rows = []
     for name, way in WAYS.items():
+        await switch(bus, sources, way is not None)
         rows.append((await ask(bus, asked, way, options, True)).row(f"{name}, cold"))
         began = time.perf_counter()
-        for collection in sources:
-            reply = await bus.call(Collections("describe", name=collection, read=way is not None), timeout=3600)
-            for problem in reply.problems:
-                print(f"  {problem}")
+        await switch(bus, sources, way is not None)
         if way:
             print(f"read for {name} in {time.perf_counter() - began:.1f} s")
         rows.append((await ask(bus, asked, way, options, False)).row(f"{name}, read" if way else f"{name}, kept"))

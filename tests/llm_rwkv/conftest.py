@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from aiirwkv_llm_rwkv.library import BUILT_IN
+from aiirwkv_llm_rwkv.shelf.library import BUILT_IN
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -12,10 +12,10 @@ import pytest
 import torch
 from aiirwkv import BadRequest, Conflict, Forbidden, Models, NotFound, User
 from aiirwkv.hooks import may
-from aiirwkv_llm_rwkv.actions import change
-from aiirwkv_llm_rwkv.library import Files, known
-from aiirwkv_llm_rwkv.shelf import CARD
-from aiirwkv_llm_rwkv.tuned import STATE, StateCard, TunedStates, states_folder
+from aiirwkv_llm_rwkv.shelf.actions import change
+from aiirwkv_llm_rwkv.shelf.library import Files, known
+from aiirwkv_llm_rwkv.shelf.shelf import CARD
+from aiirwkv_llm_rwkv.shelf.tuned import STATE, StateCard, TunedStates, states_folder
 from safetensors.torch import save_file
 
 from .conftest import NANO

@@ -14,13 +14,13 @@ import pytest
 import torch
 from aiirwkv import BadRequest, Conflict, Forbidden, NotFound, User
 from aiirwkv.hooks import may
-from aiirwkv_llm_rwkv.adapters import ADAPTER, Adapter, AdapterCard, Adapters, adapters_folder, apply, fold
-from aiirwkv_llm_rwkv.changes import add
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.describe import linears, shapes
-from aiirwkv_llm_rwkv.library import Files
-from aiirwkv_llm_rwkv.runtime import Piece, TorchRuntime
-from aiirwkv_llm_rwkv.shelf import CARD
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
+from aiirwkv_llm_rwkv.shelf.adapters import ADAPTER, Adapter, AdapterCard, Adapters, adapters_folder, apply, fold
+from aiirwkv_llm_rwkv.shelf.changes import add
+from aiirwkv_llm_rwkv.shelf.describe import linears, shapes
+from aiirwkv_llm_rwkv.shelf.library import Files
+from aiirwkv_llm_rwkv.shelf.shelf import CARD
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

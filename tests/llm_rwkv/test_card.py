@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from aiirwkv import BadRequest, Message, PluginError
 from aiirwkv_llm_rwkv.card import Card, Prompt, clean
-from aiirwkv_llm_rwkv.library import Files
+from aiirwkv_llm_rwkv.shelf.library import Files
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 
 from .conftest import NANO

@@ -15,13 +15,13 @@ import msgspec
 import pytest
 import torch
 from aiirwkv import BadRequest, Conflict, NotFound, ServiceError
-from aiirwkv_llm_rwkv import changes, disk
 from aiirwkv_llm_rwkv.card import Card, Prompt
-from aiirwkv_llm_rwkv.changes import Added, add, delete, name_for, pull, tidy
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.disk import staging
-from aiirwkv_llm_rwkv.library import Files, known
-from aiirwkv_llm_rwkv.source import Source
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.shelf import changes, disk
+from aiirwkv_llm_rwkv.shelf.changes import Added, add, delete, name_for, pull, tidy
+from aiirwkv_llm_rwkv.shelf.disk import staging
+from aiirwkv_llm_rwkv.shelf.library import Files, known
+from aiirwkv_llm_rwkv.shelf.source import Source
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from aiirwkv import PluginError
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.model import RWKV
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.network.model import RWKV
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -166,7 +166,7 @@ def test_there_is_no_second_copy(tmp_path: Path) -> None:
 import re
 from pathlib import Path
 import torch
-from aiirwkv_llm_rwkv.checkpoint import load
+from aiirwkv_llm_rwkv.network.checkpoint import load
 def status(what):
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 before = status("RssAnon")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from aiirwkv import PluginError
-from aiirwkv_llm_rwkv import convert as module
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.convert import convert
+from aiirwkv_llm_rwkv.network import convert as module
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.network.convert import convert
 from safetensors.torch import load_file
 
 from bench.random_checkpoint import VERSIONS, make, tensors
@@ -144,7 +144,7 @@ def test_the_child_is_bounded(deed: str, expected: str, tmp_path: Path) -> None:
     code = f"""
 import signal, sys
 from pathlib import Path
-from aiirwkv_llm_rwkv.convert import _restrict
+from aiirwkv_llm_rwkv.network.convert import _restrict
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 Path("m.pth").write_bytes(bytes(1000))
 _restrict(Path("m.pth"), 2)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.cpu import CpuRuntime, disagreement, suits
 from aiirwkv_llm_rwkv.kernels import tiles
-from aiirwkv_llm_rwkv.linear import NEVER, PRECISIONS, Matrix, Plan, Precision, make_plan
-from aiirwkv_llm_rwkv.model import RWKV
-from aiirwkv_llm_rwkv.runtime import Piece, TorchRuntime
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.network.model import RWKV
+from aiirwkv_llm_rwkv.runtimes.cpu import CpuRuntime, disagreement, suits
+from aiirwkv_llm_rwkv.runtimes.linear import NEVER, PRECISIONS, Matrix, Plan, Precision, make_plan
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
 
 from bench import random_checkpoint
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from aiirwkv import BadRequest, Conflict, Forbidden, NotFound, ServiceError
-from aiirwkv_llm_rwkv import disk
-from aiirwkv_llm_rwkv.download import Stopped, download, stoppable
-from aiirwkv_llm_rwkv.source import Source, source
+from aiirwkv_llm_rwkv.shelf import disk
+from aiirwkv_llm_rwkv.shelf.download import Stopped, download, stoppable
+from aiirwkv_llm_rwkv.shelf.source import Source, source
 
 from .site import Page, Site, serving
 

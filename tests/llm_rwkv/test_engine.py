@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from aiirwkv import Chunk, Completion, DeadlineExceeded, ServiceError
+from aiirwkv_llm_rwkv.cache.states import StateCache
 from aiirwkv_llm_rwkv.card import Sampling
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.cpu import CpuRuntime
-from aiirwkv_llm_rwkv.engine import Engine
-from aiirwkv_llm_rwkv.model import RWKV
-from aiirwkv_llm_rwkv.output import Output
-from aiirwkv_llm_rwkv.requests import Run
-from aiirwkv_llm_rwkv.runtime import Adapter, Piece, Runtime, TorchRuntime
-from aiirwkv_llm_rwkv.sampling import Sampler
-from aiirwkv_llm_rwkv.states import StateCache
+from aiirwkv_llm_rwkv.engine.loop import Engine
+from aiirwkv_llm_rwkv.engine.output import Output
+from aiirwkv_llm_rwkv.engine.requests import Run
+from aiirwkv_llm_rwkv.engine.sampling import Sampler
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.network.model import RWKV
+from aiirwkv_llm_rwkv.runtimes.cpu import CpuRuntime
+from aiirwkv_llm_rwkv.runtimes.runtime import Adapter, Piece, Runtime, TorchRuntime
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from torch import Tensor
 

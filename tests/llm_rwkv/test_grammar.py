@@ -15,9 +15,9 @@ import pytest
 import torch
 from aiirwkv.errors import BadRequest, ServiceError
 from aiirwkv_llm_rwkv.card import Sampling
-from aiirwkv_llm_rwkv.grammar import Grammar, Grammars
-from aiirwkv_llm_rwkv.library import WORLD, Files
-from aiirwkv_llm_rwkv.sampling import Sampler
+from aiirwkv_llm_rwkv.engine.grammar import Grammar, Grammars
+from aiirwkv_llm_rwkv.engine.sampling import Sampler
+from aiirwkv_llm_rwkv.shelf.library import WORLD, Files
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 
 from .conftest import NANO

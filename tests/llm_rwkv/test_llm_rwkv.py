@@ -235,7 +235,7 @@ async def test_models(bus: Bus) -> None:
     assert nano.parameters == 2_411_328 and nano.size == (NANO / "model.safetensors").stat().st_size
     assert nano.sha256 == nano.card["sha256"]["model.safetensors"] and len(nano.sha256) == 64
     assert nano.card["prompt"]["reading"].startswith("User: {documents}")
-    with pytest.raises(BadRequest, match="neither a .safetensors nor a .pth file"):
+    with pytest.raises(BadRequest, match=r"neither a \.safetensors nor a \.pth file"):
         await bus.call(Models("pull", url="http://example.org/x"))
 
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from aiirwkv.errors import PluginError
-from aiirwkv_llm_rwkv.memory import BGE_M3, estimate, parameters, state_bytes
-from aiirwkv_llm_rwkv.model import RWKV, Linear
-from aiirwkv_llm_rwkv.quantise import _small, quantise
-from aiirwkv_llm_rwkv.runtime import Piece, TorchRuntime
+from aiirwkv_llm_rwkv.network.model import RWKV, Linear
+from aiirwkv_llm_rwkv.runtimes.memory import BGE_M3, estimate, parameters, state_bytes
+from aiirwkv_llm_rwkv.runtimes.quantise import _small, quantise
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
 
 from bench.memory import SHAPES, child, made, sizes_of
 

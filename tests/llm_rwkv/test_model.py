@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from aiirwkv_llm_rwkv.checkpoint import UNUSED, load
-from aiirwkv_llm_rwkv.model import RWKV, LayerState, State, architecture
-from aiirwkv_llm_rwkv.rwkv6 import Sizes6
-from aiirwkv_llm_rwkv.rwkv7 import Sizes7
+from aiirwkv_llm_rwkv.network.checkpoint import UNUSED, load
+from aiirwkv_llm_rwkv.network.model import RWKV, LayerState, State, architecture
+from aiirwkv_llm_rwkv.network.rwkv6 import Sizes6
+from aiirwkv_llm_rwkv.network.rwkv7 import Sizes7
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from safetensors.torch import save_file
 from torch import Tensor

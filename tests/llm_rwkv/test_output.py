@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from aiirwkv_llm_rwkv.output import Output
+from aiirwkv_llm_rwkv.engine.output import Output
 
 
 def show(pieces: list[str], stop: list[str], strip: bool = False) -> tuple[str, bool]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from aiirwkv import PluginError
-from aiirwkv_llm_rwkv.package import ListLayout, PackageRuntime
-from aiirwkv_llm_rwkv.runtime import Piece, Runtime
+from aiirwkv_llm_rwkv.runtimes.package import ListLayout, PackageRuntime
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, Runtime
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from aiirwkv_llm_rwkv.checkpoint import UNUSED
-from aiirwkv_llm_rwkv.model import RWKV
-from aiirwkv_llm_rwkv.runtime import Piece, TorchRuntime
-from aiirwkv_llm_rwkv.rwkv7 import RWKV7, Sizes7
+from aiirwkv_llm_rwkv.network.checkpoint import UNUSED
+from aiirwkv_llm_rwkv.network.model import RWKV
+from aiirwkv_llm_rwkv.network.rwkv7 import RWKV7, Sizes7
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
 from torch import Tensor
 
 from .conftest import random_tensors

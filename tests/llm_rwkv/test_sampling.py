@@ -11,7 +11,7 @@ import pytest
 import torch
 from aiirwkv.errors import BadRequest, ServiceError
 from aiirwkv_llm_rwkv.card import Sampling
-from aiirwkv_llm_rwkv.sampling import Sampler, choose_all, logprob
+from aiirwkv_llm_rwkv.engine.sampling import Sampler, choose_all, logprob
 from torch import Tensor
 
 QUIET = {"presence": 0.0, "frequency": 0.0}

@@ -15,7 +15,7 @@ from aiirwkv.errors import BadRequest, Conflict, NotFound, PluginError, ServiceE
 from aiirwkv.testing import running
 from aiirwkv.types import Generate, Message, Model, Models, States
 from aiirwkv_llm_rwkv import LlmRwkv
-from aiirwkv_llm_rwkv.library import BUILT_IN
+from aiirwkv_llm_rwkv.shelf.library import BUILT_IN
 
 from bench import random_checkpoint
 

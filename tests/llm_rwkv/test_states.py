@@ -16,8 +16,9 @@ import msgspec
 import pytest
 import torch
 from aiirwkv.errors import BadRequest, Conflict, NotFound
-from aiirwkv_llm_rwkv import state_disk, state_file
-from aiirwkv_llm_rwkv.states import Found, StateCache
+from aiirwkv_llm_rwkv.cache import disk as state_disk
+from aiirwkv_llm_rwkv.cache import file as state_file
+from aiirwkv_llm_rwkv.cache.states import Found, StateCache
 from torch import Tensor
 
 SIZE, VOCABULARY = 512, 100

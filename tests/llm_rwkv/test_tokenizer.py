@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from aiirwkv_llm_rwkv import tokenizer as module
-from aiirwkv_llm_rwkv.library import WORLD, Files
+from aiirwkv_llm_rwkv.shelf.library import WORLD, Files
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer, Utf8
 
 from .conftest import NANO

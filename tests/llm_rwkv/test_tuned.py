@@ -20,12 +20,12 @@ from aiirwkv.identity import mint, publish_key
 from aiirwkv.testing import running
 from aiirwkv_llm_rwkv import LlmRwkv
 from aiirwkv_llm_rwkv.card import Card
-from aiirwkv_llm_rwkv.changes import add
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.library import Files
-from aiirwkv_llm_rwkv.model import Layout
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.network.model import Layout
+from aiirwkv_llm_rwkv.shelf.changes import add
+from aiirwkv_llm_rwkv.shelf.library import Files
+from aiirwkv_llm_rwkv.shelf.tuned import CARD, STATE, StateCard, TunedStates, states_folder
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
-from aiirwkv_llm_rwkv.tuned import CARD, STATE, StateCard, TunedStates, states_folder
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 from torch import Tensor

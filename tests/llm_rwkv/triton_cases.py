@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from aiirwkv_llm_rwkv import cuda, trial
-from aiirwkv_llm_rwkv.checkpoint import UNUSED
-from aiirwkv_llm_rwkv.cuda import CudaRuntime
 from aiirwkv_llm_rwkv.kernels import fused, plain
 from aiirwkv_llm_rwkv.kernels import triton as kernels
 from aiirwkv_llm_rwkv.kernels.fused import Texts
-from aiirwkv_llm_rwkv.model import RWKV
-from aiirwkv_llm_rwkv.runtime import Piece, TorchRuntime
-from aiirwkv_llm_rwkv.rwkv6 import RWKV6, Sizes6
-from aiirwkv_llm_rwkv.rwkv7 import RWKV7, Sizes7
+from aiirwkv_llm_rwkv.network.checkpoint import UNUSED
+from aiirwkv_llm_rwkv.network.model import RWKV
+from aiirwkv_llm_rwkv.network.rwkv6 import RWKV6, Sizes6
+from aiirwkv_llm_rwkv.network.rwkv7 import RWKV7, Sizes7
+from aiirwkv_llm_rwkv.runtimes import cuda, trial
+from aiirwkv_llm_rwkv.runtimes.cuda import CudaRuntime
+from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
 from torch import Tensor
 
 from .conftest import random_tensors

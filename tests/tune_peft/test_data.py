@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiirwkv import BadRequest
 from aiirwkv_llm_rwkv.card import Card
-from aiirwkv_llm_rwkv.library import BUILT_IN, Files
+from aiirwkv_llm_rwkv.shelf.library import BUILT_IN, Files
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from aiirwkv_tune_peft.data import Sample, encode, pack, plan, read, split
 

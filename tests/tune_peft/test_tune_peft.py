@@ -25,8 +25,8 @@ from aiirwkv import (
 )
 from aiirwkv.testing import running
 from aiirwkv_llm_rwkv import LlmRwkv
-from aiirwkv_llm_rwkv.library import BUILT_IN
-from aiirwkv_llm_rwkv.tuned import StateCard
+from aiirwkv_llm_rwkv.shelf.library import BUILT_IN
+from aiirwkv_llm_rwkv.shelf.tuned import StateCard
 from aiirwkv_tune_peft import TunePeft
 
 from .facts import DATA, UNSEEN

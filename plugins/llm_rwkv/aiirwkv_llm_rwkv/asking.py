@@ -11,14 +11,14 @@ from aiirwkv.errors import BadRequest, ServiceError, TooLarge
 from aiirwkv.types import Chunk, Generate, Message, States
 from torch import Tensor
 
-from .adapters import Adapters
 from .card import Sampling, clean
-from .output import Output
-from .requests import Run
-from .runtime import Adapter
-from .sampling import Sampler
+from .engine.output import Output
+from .engine.requests import Run
+from .engine.sampling import Sampler
+from .runtimes.runtime import Adapter
 from .service import Service
-from .tuned import STATE, TunedStates
+from .shelf.adapters import Adapters
+from .shelf.tuned import STATE, TunedStates
 
 __all__ = ["LONGEST", "Asking", "Post"]
 

@@ -12,11 +12,11 @@ from aiirwkv import Context, Plugin, hookimpl
 from aiirwkv.errors import NotFound, ServiceError
 from aiirwkv.types import CacheStats, Chunk, Generate, KeptState, Model, Models, ModelsReply, States, StatesReply
 
-from .library import Files
+from .shelf.library import Files
 
 if TYPE_CHECKING:
     from .asking import Asking
-    from .engine import Told
+    from .engine.loop import Told
     from .service import Service
 
 MIB = 2**20
@@ -59,11 +59,11 @@ class LlmRwkv(Plugin):
         await asyncio.to_thread(self._serving.close)
 
     def _load(self) -> None:
-        from .adapters import Adapters, adapters_folder
-        from .changes import tidy
         from .service import Wishes
         from .serving import Serving
-        from .tuned import TunedStates, states_folder
+        from .shelf.adapters import Adapters, adapters_folder
+        from .shelf.changes import tidy
+        from .shelf.tuned import TunedStates, states_folder
 
         tidy(self.data / "models")
         self._states = TunedStates(states_folder(self.data))
@@ -81,7 +81,7 @@ class LlmRwkv(Plugin):
         self._serving.start()
 
     def _deliver(self, told: list[Told]) -> None:
-        from .engine import hand_out
+        from .engine.loop import hand_out
 
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(hand_out, told)
@@ -125,7 +125,7 @@ class LlmRwkv(Plugin):
 
     @hookimpl
     async def models(self, request: Models, ctx: Context) -> ModelsReply:
-        from .actions import change, owner_only
+        from .shelf.actions import change, owner_only
 
         serving = self._serving
         if request.action == "list":

@@ -14,15 +14,15 @@ import msgspec
 import torch
 from aiirwkv.errors import PluginError
 
-from .checkpoint import load
-from .describe import UNCOUNTED, Shapes, shapes
-from .engine import Engine, Told
-from .grammar import Grammars
-from .library import Files
-from .linear import PRECISIONS
-from .model import RWKV, version
-from .runtime import Runtime, TorchRuntime
-from .states import StateCache
+from .cache.states import StateCache
+from .engine.grammar import Grammars
+from .engine.loop import Engine, Told
+from .network.checkpoint import load
+from .network.model import RWKV, version
+from .runtimes.linear import PRECISIONS
+from .runtimes.runtime import Runtime, TorchRuntime
+from .shelf.describe import UNCOUNTED, Shapes, shapes
+from .shelf.library import Files
 from .tokenizer import Tokenizer
 
 __all__ = ["Service", "Wishes"]
@@ -172,7 +172,7 @@ def _available(device: torch.device) -> int:
 def _runtime(path: Path, shapes: Shapes, device: torch.device, precision: str, threads: int) -> Runtime:
     """What serves this checkpoint fastest here."""
     if version(shapes) in ("rwkv4", "rwkv5"):
-        from .package import PackageRuntime
+        from .runtimes.package import PackageRuntime
 
         return PackageRuntime(path, str(device), {"float32": "fp32", "float16": "fp16"}.get(precision, "bf16"))
     if device.type == "cuda":
@@ -185,7 +185,7 @@ def _runtime(path: Path, shapes: Shapes, device: torch.device, precision: str, t
 
 def _on_cpu(model: RWKV, precision: Any, threads: int) -> Runtime:
     try:
-        from .cpu import CpuRuntime, disagreement, suits
+        from .runtimes.cpu import CpuRuntime, disagreement, suits
 
         reason = suits(model) or disagreement(model.version)
         if not reason:
@@ -198,10 +198,10 @@ def _on_cpu(model: RWKV, precision: Any, threads: int) -> Runtime:
 
 
 def _on_cuda(path: Path, device: torch.device, precision: str) -> Runtime:
-    from .cuda import CudaRuntime
+    from .runtimes.cuda import CudaRuntime
 
     if precision in ("int8", "nf4"):
-        from .quantise import quantise
+        from .runtimes.quantise import quantise
 
         return CudaRuntime(quantise(load(path, torch.device("cpu"), torch.bfloat16), precision, device))  # type: ignore[arg-type]
     return CudaRuntime(load(path, device, getattr(torch, precision)))

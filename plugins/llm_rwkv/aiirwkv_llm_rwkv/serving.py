@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 from aiirwkv.errors import Conflict, NotFound, PluginError, ServiceError
 
-from .engine import Told
-from .library import BUILT_IN, Files, find, known, unknown
+from .engine.loop import Told
 from .service import Service, Wishes
+from .shelf.library import BUILT_IN, Files, find, known, unknown
 
 __all__ = ["Serving"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 from aiirwkv.errors import AiirwkvError
-from aiirwkv_llm_rwkv.library import Files
+from aiirwkv_llm_rwkv.shelf.library import Files
 
 from .data import read
 from .runs import Event, Order, Run

@@ -17,8 +17,8 @@ import msgspec
 from aiirwkv import Context, Plugin, Tune, Tuned, hookimpl
 from aiirwkv.errors import BY_CODE, BadRequest, Conflict, NotFound, PluginError, ServiceError
 from aiirwkv.processes import end, spawn
-from aiirwkv_llm_rwkv.library import BUILT_IN, Files, find, known, unknown
-from aiirwkv_llm_rwkv.tuned import CARD, STATE, StateCard, states_folder
+from aiirwkv_llm_rwkv.shelf.library import BUILT_IN, Files, find, known, unknown
+from aiirwkv_llm_rwkv.shelf.tuned import CARD, STATE, StateCard, states_folder
 
 from .runs import Event, Order, Run
 

@@ -18,11 +18,11 @@ import pytorch_lightning as lightning
 import torch
 import torch.nn.functional as F
 from aiirwkv.errors import BadRequest, Conflict
-from aiirwkv_llm_rwkv.checkpoint import load
-from aiirwkv_llm_rwkv.library import Files
-from aiirwkv_llm_rwkv.model import RWKV
+from aiirwkv_llm_rwkv.network.checkpoint import load
+from aiirwkv_llm_rwkv.network.model import RWKV
+from aiirwkv_llm_rwkv.shelf.library import Files
+from aiirwkv_llm_rwkv.shelf.tuned import CARD, STATE, StateCard
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
-from aiirwkv_llm_rwkv.tuned import CARD, STATE, StateCard
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file

@@ -1,0 +1,1 @@
+"""RWKV as torch modules: definitions, checkpoints, conversion."""

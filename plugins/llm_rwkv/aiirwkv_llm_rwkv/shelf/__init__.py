@@ -1,0 +1,1 @@
+"""Models, tuned states and adapters on the disk: found, described, fetched, added, deleted."""
