@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -99,33 +99,37 @@ class Memory:
 
     async def _read(self, collection: Collection, task: Task, ctx: Context, say: Say) -> None:
         """The first portion by itself, to learn how large a state is; then several at a time."""
-        total = len(task.portions)
-        waiting = iter(task.portions)
+        after, room = -1, 1
+        while portions := await in_thread(self._remembered.portions, task, after, room):
+            replies = await self._read_portions(collection, task, portions, ctx, say)
+            if after < 0:
+                needed, budget = replies[0].states[0].bytes * task.total, replies[0].cache.disk_budget
+                if 0 < budget < needed:
+                    raise Conflict(
+                        f"the states of its {task.total} passages would have {needed >> 20} MB, and the model's worker "
+                        f"may keep {budget >> 20} MB on disk"
+                    )
+            after, room = portions[-1].position, AT_ONCE
+
+    async def _read_portions(
+        self, collection: Collection, task: Task, portions: Sequence[Portion], ctx: Context, say: Say
+    ) -> list[StatesReply]:
+        """At the same time. When one fails, the others still tell what they have kept."""
+        replies: list[StatesReply] = []
         failed: list[ServiceError] = []
 
-        async def go_on() -> None:
-            """When one fails the others still tell what they have kept, but begin nothing more."""
-            for portion in waiting:
-                try:
-                    await self._read_portion(collection, task, portion, ctx, say)
-                except ServiceError as exc:
-                    failed.append(exc)
-                if failed:
-                    return
+        async def read(portion: Portion) -> None:
+            try:
+                replies.append(await self._read_portion(collection, task, portion, ctx, say))
+            except ServiceError as exc:
+                failed.append(exc)
 
-        if first := next(waiting, None):
-            reply = await self._read_portion(collection, task, first, ctx, say)
-            needed, budget = reply.states[0].bytes * total, reply.cache.disk_budget
-            if 0 < budget < needed:
-                raise Conflict(
-                    f"the states of its {total} passages would have {needed >> 20} MB, and the model's worker may keep "
-                    f"{budget >> 20} MB on disk"
-                )
         async with anyio.create_task_group() as tasks:
-            for _ in range(min(AT_ONCE, total - 1)):
-                tasks.start_soon(go_on)
+            for portion in portions:
+                tasks.start_soon(read, portion)
         if failed:
             raise failed[0]
+        return replies
 
     async def _read_portion(
         self, collection: Collection, task: Task, portion: Portion, ctx: Context, say: Say
@@ -155,14 +159,14 @@ class Memory:
 
     async def changed(self, collection: Collection, chunk: str, ctx: Context) -> None:
         """After a chunk was edited: what is kept of it, or of the whole document with it, no longer holds."""
-        task = await in_thread(self._remembered.chunk, chunk)
-        if task is None:
+        task = await in_thread(self._remembered.changed, chunk)
+        if task is None or task.chunk is None:
             return
         if task.reading == "whole":
             reason = "one of its chunks was changed by hand; have it read again, passage by passage"
             await in_thread(self._remembered.forget, task.number, reason)
         else:
-            await in_thread(self._remembered.forget_chunk, chunk)
+            await in_thread(self._remembered.forget_chunk, task.number, task.chunk)
             try:
                 await self._read(collection, task, ctx, lambda note: None)
             except ServiceError as exc:

@@ -20,17 +20,21 @@ NOT_READ = "not read by the model: "
 class Portion(msgspec.Struct, frozen=True):
     """A text of which a state is kept: a chunk's, or the whole document's."""
 
+    position: int
     chunk: int
     text: str
     label: str
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What is to be read of a document, just as `chat` gives it to the model."""
+    """What is to be read of a document: its whole text, all chunks that searches find, or one of them."""
 
     number: int
+    name: str
     reading: Reading
-    portions: list[Portion]
+    total: int
+    text: str = ""
+    chunk: int | None = None
 
 
 class Wish(msgspec.Struct, frozen=True):
@@ -54,33 +58,53 @@ class Remembered:
         """
         with self._catalogue.reading() as db:
             row = db.execute(f"{DOCUMENT} WHERE d.id = ? AND d.live AND d.state = 'ready'", (document,)).fetchone()
-            chunks = db.execute(
-                "SELECT c.number, c.position, c.start, c.end, c.heading, c.text, c.enabled FROM chunks c JOIN"
-                " documents d ON d.number = c.document AND d.live WHERE d.id = ? ORDER BY c.position",
-                (document,),
-            ).fetchall()
         if row is None:
             return None
-        text = self._catalogue.text(document, 0, row["characters"])
-        untouched = all(chunk["enabled"] and chunk["text"] == text[chunk["start"] : chunk["end"]] for chunk in chunks)
-        if untouched and len(text.encode()) <= LONGEST and (not limit or token_estimate(text) <= limit):
-            return Task(row["number"], "whole", [Portion(WHOLE, text, row["name"])])
-        portions = [_portion(row["name"], chunk, len(chunks)) for chunk in chunks if chunk["enabled"]]
-        return Task(row["number"], "passages", portions)
+        if row["characters"] <= LONGEST:
+            text = self._catalogue.text(document, 0, row["characters"])
+            fits = len(text.encode()) <= LONGEST and (not limit or token_estimate(text) <= limit)
+            if fits and self._untouched(row["number"], text):
+                return Task(row["number"], row["name"], "whole", 1, text)
+        with self._catalogue.reading() as db:
+            enabled = db.execute("SELECT count(*) FROM chunks WHERE document = ? AND enabled", (row["number"],))
+            return Task(row["number"], row["name"], "passages", enabled.fetchone()[0])
 
-    def chunk(self, id: str) -> Task | None:
+    def _untouched(self, number: int, text: str) -> bool:
+        """Searches find all chunks, and each as it stands in the text."""
+        with self._catalogue.reading() as db:
+            chunks = db.execute("SELECT start, end, text, enabled FROM chunks WHERE document = ?", (number,))
+            return all(chunk["enabled"] and chunk["text"] == text[chunk["start"] : chunk["end"]] for chunk in chunks)
+
+    def changed(self, chunk: str) -> Task | None:
         """What to read now of a chunk, by its id, that was changed. None: its document is not read."""
         with self._catalogue.reading() as db:
             row = db.execute(
-                "SELECT c.*, d.name, d.read, (SELECT count(*) FROM chunks o WHERE o.document = d.number) AS total"
-                " FROM chunks c JOIN documents d ON d.number = c.document AND d.live WHERE c.id = ? AND d.read IS NOT"
-                " NULL",
-                (id,),
+                "SELECT d.number, d.name, d.read, c.number AS chunk FROM chunks c JOIN documents d ON d.number ="
+                " c.document AND d.live WHERE c.id = ? AND d.read IS NOT NULL",
+                (chunk,),
             ).fetchone()
-        if row is None:
-            return None
-        portions = [_portion(row["name"], row, row["total"])] if row["enabled"] else []
-        return Task(row["document"], row["read"], portions)
+        return Task(row["number"], row["name"], row["read"], 1, chunk=row["chunk"]) if row else None
+
+    def portions(self, task: Task, after: int, limit: int) -> list[Portion]:
+        """The next texts of a task, behind position `after` (at first -1), just as `chat` gives them to the model."""
+        if task.reading == "whole":
+            return [Portion(0, WHOLE, task.text, task.name)] if after < 0 else []
+        with self._catalogue.reading() as db:
+            rows = db.execute(
+                "SELECT number, position, heading, text, (SELECT count(*) FROM chunks WHERE document = :number) AS"
+                " total FROM chunks WHERE document = :number AND position > :after AND enabled AND"
+                " (:chunk IS NULL OR number = :chunk) ORDER BY position LIMIT :limit",
+                {"number": task.number, "after": after, "chunk": task.chunk, "limit": limit},
+            ).fetchall()
+        return [
+            Portion(
+                row["position"],
+                row["number"],
+                headed(row["heading"], row["text"]),
+                f"{task.name}, passage {row['position'] + 1} of {row['total']}",
+            )
+            for row in rows
+        ]
 
     def keep(self, number: int, chunk: int, state: str) -> bool:
         """Write down the state of a portion. False, and it is not needed: the document has changed or gone."""
@@ -94,11 +118,15 @@ class Remembered:
 
     def done(self, task: Task) -> Document | None:
         """All of the task is read; what is kept besides is not needed. None: the document has changed or gone."""
-        now = {portion.chunk for portion in task.portions}
+        others = (
+            "chunk != ?1" if task.reading == "whole" else "(chunk = ?1 OR chunk NOT IN (SELECT number FROM enabled))"
+        )
         with self._catalogue.writing() as db:
-            for (chunk,) in db.execute("SELECT chunk FROM states WHERE document = ?", (task.number,)).fetchall():
-                if chunk not in now:
-                    db.execute("DELETE FROM states WHERE document = ? AND chunk = ?", (task.number, chunk))
+            db.execute(
+                "WITH enabled AS (SELECT number FROM chunks WHERE document = ?2 AND enabled)"
+                f" DELETE FROM states WHERE document = ?2 AND {others}",
+                (WHOLE, task.number),
+            )
             return _mark(db, task.number, task.reading, "")
 
     def note(self, number: int, reading: Reading | None, reason: str) -> Document | None:
@@ -112,10 +140,10 @@ class Remembered:
             db.execute("DELETE FROM states WHERE document = ?", (number,))
             return _mark(db, number, None, reason)
 
-    def forget_chunk(self, id: str) -> None:
+    def forget_chunk(self, number: int, chunk: int) -> None:
         """No state of the chunk is needed."""
         with self._catalogue.writing() as db:
-            db.execute("DELETE FROM states WHERE chunk = (SELECT number FROM chunks WHERE id = ?)", (id,))
+            db.execute("DELETE FROM states WHERE document = ? AND chunk = ?", (number, chunk))
 
     # What is wanted
 
@@ -156,11 +184,6 @@ class Remembered:
         """The model has dropped them."""
         with self._catalogue.writing() as db:
             db.executemany("DELETE FROM unneeded WHERE id = ?", ((state,) for state in states))
-
-
-def _portion(name: str, chunk: sqlite3.Row, total: int) -> Portion:
-    label = f"{name}, passage {chunk['position'] + 1} of {total}"
-    return Portion(chunk["number"], headed(chunk["heading"], chunk["text"]), label)
 
 
 def _mark(db: sqlite3.Connection, number: int, reading: Reading | None, reason: str) -> Document | None:
