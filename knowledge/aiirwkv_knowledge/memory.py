@@ -78,8 +78,9 @@ class Memory:
         Without a model, or when it fails, the document says why it is not read, in `reason`.
         """
         self._reading += 1
-        number = (await in_thread(self._remembered.wished, document.id)).number
+        number = 0
         try:
+            number = (await in_thread(self._remembered.wished, document.id)).number
             task = await in_thread(self._remembered.task, document.id, await _limit(ctx))
             if task is None:
                 return None

@@ -55,6 +55,8 @@ def test_a_collection_is_switched(up: Up, tmp_path: Path) -> None:
     assert "ready" in done.stderr and "read" in done.stderr
     passages = kept(up, "switched / shelves.txt, passage ")
     assert len(passages) > 1  # longer than the built-in model reads well
+    answer = msgspec.convert(up.json("ask", "What is on shelf 7?", "-c", "switched", "--read", "parallel"), Answer)
+    assert answer.usage.hits > 1 and answer.usage.cached > answer.usage.prompt * 0.8
     assert up.cli("collections", "read", "switched", "--off").returncode == 0
     assert forgotten(up, "switched / ")
     done = up.cli("collections", "read", "switched", "--document", "shelves.txt")
