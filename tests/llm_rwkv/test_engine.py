@@ -39,6 +39,7 @@ def model() -> RWKV:
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
+    torch.set_num_threads(1)  # as an engine's thread does it; Numba's pool sets another number when it starts
     with torch.inference_mode():
         yield
 
@@ -81,6 +82,8 @@ class Asked(Run):
 
     def __init__(self, prompt: str | list[int], sampling: Sampling = GREEDY, seed: int = 0, n: int = 1, **more: Any):
         self.pieces: list[Chunk] = []
+        self.ended = threading.Event()
+        self.in_order: list[Run] = []
         self.error: ServiceError | None = None
         tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
         super().__init__(
@@ -100,6 +103,9 @@ class Asked(Run):
             self.error = piece
         else:
             self.pieces.append(piece)
+        if self.error or self.whole:
+            self.in_order.append(self)
+            self.ended.set()
 
     @property
     def whole(self) -> bool:
@@ -255,7 +261,7 @@ def test_users_take_turns_at_reading(model: RWKV) -> None:
     bob = Asked(long_text(3000, 9), owner="bob", max_tokens=1)
     finish_order: list[Run] = []
     for run in (*ann, bob):
-        run.emit = lambda piece, run=run: finish_order.append(run) if piece.finish else None
+        run.in_order = finish_order
     finish(engine, *ann, bob)
     assert finish_order.index(bob) <= 1, "half of the passes are bob's"
     assert [run for run in finish_order if run is not bob] == ann, "one's own requests come first come first"
@@ -267,7 +273,7 @@ def test_short_prompts_overtake_a_very_long_one_and_what_is_only_read_for_later(
 
     def asked(tokens: int, seed: int, **more: Any) -> Asked:
         run = cached(cache, long_text(tokens, seed), **{"max_tokens": 1, **more})
-        run.emit = lambda piece: order.append(run)
+        run.in_order = order
         return run
 
     later = asked(3000, 1, samplers=[], read_only=True)
@@ -597,10 +603,8 @@ def test_a_mistake_of_the_engine_ends_what_runs_and_nothing_else(
     engine.start()
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_plan", lambda: 1 / 0)
-        run, told = Asked(reading(0)), threading.Event()
-        run.emit = lambda piece: (run.told(piece), told.set())
-        engine.submit(run)
-        assert told.wait(10) and run.error and "ZeroDivisionError" in str(run.error)
+        run = ask(engine, Asked(reading(0)))
+        assert run.error and "ZeroDivisionError" in str(run.error)
     ask(engine, Asked(reading(0)))
     engine.close()
     assert "a pass of the engine failed" in caplog.text
@@ -663,10 +667,8 @@ def test_whatever_happens_everybody_is_told_an_end_and_nothing_is_left_behind(
 
 def ask(engine: Engine, run: Asked) -> Asked:
     """As another thread does it."""
-    done = threading.Event()
-    run.emit = lambda piece: (run.told(piece), done.set() if run.whole or run.error else None)
     engine.submit(run)
-    assert done.wait(30)
+    assert run.ended.wait(30)
     return run
 
 
