@@ -302,3 +302,29 @@ asyncio.run(enter())
 def _first() -> tuple[str, str]:
     passage, questions = READING[0]
     return passage, questions[0][0]
+
+
+@pytest.mark.parametrize("field", ['"prompt": "a \\ud800"', '"messages": [{"role": "user", "content": "\\udfff"}]'])
+async def test_half_a_character_is_refused(field: str, bus: Bus) -> None:
+    answer = await bus.nc.request("aiirwkv.generate", f'{{"stream": false, {field}}}'.encode(), timeout=10)
+    assert answer.headers and answer.headers["Nats-Service-Error-Code"] == "400"
+    assert (await bus.call(question(*_first()))).text == "half past six"
+
+
+async def test_a_conversation_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(NANO, own)
+    card = json.loads((own / "card.json").read_text())
+    card = {**card, "name": "own", "prompt": {}, "stop": {"tokens": [0], "strings": ["\n\nUser:"]}}
+    (own / "card.json").write_text(json.dumps(card))
+    talk = [Message("user", f"{READING[0][0]} {READING[1][0]} When does the library close?")]
+    async with running({"llm_rwkv": LlmRwkv(model=str(own))}, tmp_path / "data") as bus:
+        first = await bus.call(Generate(messages=talk, max_tokens=40))
+        talk += [Message("assistant", first.text), Message("user", "How long is the warranty?")]
+        second = await bus.call(Generate(messages=talk, max_tokens=40))
+        branch = [*talk[:-1], Message("user", "How long are batteries covered?")]
+        third = await bus.call(Generate(messages=branch, max_tokens=40))
+        fresh = [await bus.call(Generate(messages=turns, max_tokens=40, cache=False)) for turns in (talk, branch)]
+    assert first.usage.cached == 0 and second.usage.cached >= first.usage.prompt
+    assert third.usage.cached >= second.usage.cached, "the conversation goes on in two ways"
+    assert [reply.text for reply in fresh] == [second.text, third.text]
