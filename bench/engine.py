@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ class Asked:
         return self.times[-1] - self.began
 
 
+@cache
 def unshown(served: Any) -> list[int]:
     """The tokens that are not text by themselves."""
     tokens = served.engine.tokenizer.tokens
@@ -252,10 +254,11 @@ def gaps(path: Path, precision: str) -> dict[str, float]:
     """Seconds between the tokens of an answer: usually, and at most while a prompt of 4 000 tokens arrives."""
     with tempfile.TemporaryDirectory() as folder:
         served = service(path, precision, Path(folder))
+        words = random_tokens(4000, 2)
         answer = Asked(served, random_tokens(16, 1), 100_000)
         time.sleep(3)
         before = len(answer.times)
-        prompt = Asked(served, random_tokens(4000, 2), 1)
+        prompt = Asked(served, words, 1)
         prompt.done.wait()
         answer.run.cancel()
         times = answer.times

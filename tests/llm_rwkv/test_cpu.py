@@ -11,9 +11,9 @@ import torch
 from aiirwkv_llm_rwkv.kernels import tiles
 from aiirwkv_llm_rwkv.network.checkpoint import load
 from aiirwkv_llm_rwkv.network.model import RWKV
-from aiirwkv_llm_rwkv.runtimes.cpu import CpuRuntime, disagreement, suits
+from aiirwkv_llm_rwkv.runtimes.cpu import CpuRuntime, Pass, disagreement, suits
 from aiirwkv_llm_rwkv.runtimes.linear import NEVER, PRECISIONS, Matrix, Plan, Precision, make_plan
-from aiirwkv_llm_rwkv.runtimes.runtime import Piece, TorchRuntime
+from aiirwkv_llm_rwkv.runtimes.runtime import Lost, Piece, TorchRuntime
 
 from bench import random_checkpoint
 
@@ -202,3 +202,25 @@ def test_a_plan_says_why(precision: Precision) -> None:
     plan = make_plan(precision, 1, 512, 256)
     assert plan.precision == precision and plan.reason
     assert plan.many == NEVER or "as fast" in plan.reason
+
+
+def test_what_fails_half_way_is_lost_and_what_fails_before_is_not(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, runtime = both(checkpoint, torch.bfloat16)
+    runtime.forward([Piece(0, [1])])
+    before = runtime.get(1)
+
+    def none(*_: object) -> None:
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pass, "reserve", none)
+        with pytest.raises(MemoryError):
+            runtime.forward([Piece(1, [1])])
+    assert torch.equal(runtime.get(1), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime._layers[-1], "channel_mix", none)
+        with pytest.raises(Lost, match="failed half-way: none left"):
+            runtime.forward([Piece(1, [1])])
+    assert runtime.forward([Piece(0, [2])]).isfinite().all()

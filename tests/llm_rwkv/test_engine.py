@@ -20,7 +20,7 @@ from aiirwkv_llm_rwkv.engine.sampling import Sampler
 from aiirwkv_llm_rwkv.network.checkpoint import load
 from aiirwkv_llm_rwkv.network.model import RWKV
 from aiirwkv_llm_rwkv.runtimes.cpu import CpuRuntime
-from aiirwkv_llm_rwkv.runtimes.runtime import Adapter, Piece, Runtime, TorchRuntime
+from aiirwkv_llm_rwkv.runtimes.runtime import Adapter, Lost, Piece, Runtime, TorchRuntime
 from aiirwkv_llm_rwkv.tokenizer import Tokenizer
 from torch import Tensor
 
@@ -511,6 +511,23 @@ def test_when_memory_is_out_less_is_tried(model: RWKV) -> None:
     runtime.idle = True
     finish(engine, Asked("User:", LIVELY, stop=frozenset(), max_tokens=2000))
     assert engine.reader.most == 512, "it tries more again"
+
+
+def test_texts_that_are_lost_are_not_read_again(model: RWKV) -> None:
+    def lose(pieces: Sequence[Piece]) -> None:
+        raise Lost("a batch failed half-way: no memory")
+
+    runtime = Recorded(model)
+    engine = engine_of(runtime)
+    runtime.fail = lose
+    runs = [Asked(reading(0)), Asked(reading(1))]
+    finish(engine, *runs)
+    assert all(run.error and "half-way" in str(run.error) for run in runs)
+    assert len(runtime.passes) <= 2, "nothing is tried in halves, since the states are worth nothing"
+    runtime.fail = lambda pieces: None
+    again = Asked(reading(0))
+    finish(engine, again)
+    assert again.reply.text.strip() == "half past six"
 
 
 def test_when_there_is_no_memory_at_all_a_request_fails_and_the_engine_lives(model: RWKV) -> None:

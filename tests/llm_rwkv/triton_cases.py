@@ -241,7 +241,7 @@ def test_what_does_not_agree_is_not_used(wrong: float, short: None, monkeypatch:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("rwkv7")
-    for name in ("ragged", "trial", "kernels.triton", "kernels.fused"):
+    for name in ("runtimes.ragged", "runtimes.trial", "kernels.triton", "kernels.fused"):
         monkeypatch.delitem(sys.modules, f"aiirwkv_llm_rwkv.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     runtime = CudaRuntime(model, slots=1)
@@ -315,5 +315,5 @@ def test_out_of_memory_changes_nothing_or_says_so(untried: None, monkeypatch: py
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(runtime, "ragged", ragged)
-    with pytest.raises(RuntimeError, match="memory ran out within a batch of 2 tokens, whose texts are lost"):
+    with pytest.raises(RuntimeError, match="a batch of 2 tokens failed half-way"):
         runtime.forward([Piece(0, [1, 2])])

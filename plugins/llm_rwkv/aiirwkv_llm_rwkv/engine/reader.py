@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtimes.runtime import Piece, Runtime
+from ..runtimes.runtime import Lost, Piece, Runtime
 from .requests import SPACING
 
 __all__ = ["Reader"]
@@ -40,6 +40,8 @@ class Reader:
         """
         try:
             logits = self.runtime.forward(pieces)
+        except Lost as error:
+            return torch.zeros(len(pieces), self.runtime.vocabulary), [error] * len(pieces)
         except Exception as error:
             return self._again(pieces, error)
         self._calm += 1

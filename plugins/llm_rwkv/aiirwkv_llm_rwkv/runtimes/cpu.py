@@ -26,7 +26,7 @@ from ..network.model import RWKV, Block
 from ..network.rwkv6 import RWKV6, Sizes6
 from ..network.rwkv7 import RWKV7, Sizes7
 from .linear import Arena, Matrix, Plan, Precision, make_plan
-from .runtime import Adapter, Piece, TorchRuntime, check, scarce
+from .runtime import Adapter, Lost, Piece, TorchRuntime, check, scarce
 
 __all__ = ["CpuRuntime", "disagreement", "suits"]
 
@@ -63,6 +63,10 @@ def disagreement(version: str) -> str:
     return "" if worst < 1e-3 else f"its results are off by {worst:.1e} on this processor"
 
 
+SPARE = 1 << 24
+"""Bytes that a product may need for a moment."""
+
+
 class Pass:
     """The rows of one forward pass, and room for what the layers compute."""
 
@@ -80,7 +84,7 @@ class Pass:
             group = list(same)
             if adapter := pieces[group[0]].adapter:
                 self.adapters.append((slice(self.starts[group[0]], self.starts[group[-1] + 1]), adapter))
-        self._room = runtime.room
+        self._room, self._widths = runtime.room, runtime.widths
 
     def array(self, name: str, width: int, more: int = 0) -> Array:
         """Room [rows + more, width] that stays between passes: fresh memory costs a page fault every 4 KiB."""
@@ -88,7 +92,14 @@ class Pass:
         room = self._room.get(name)
         if room is None or len(room) < rows * width:
             room = self._room[name] = np.zeros(rows * width, np.float32)
+            self._widths[name] = max(width, self._widths.get(name, 0))
         return room[: rows * width].reshape(rows, width)
+
+    def reserve(self) -> None:
+        """Make all the room that passes before this one needed: memory is out now, or not at all."""
+        for name, width in self._widths.items():
+            self.array(name, width, 1)
+        np.empty(SPARE, np.uint8)
 
 
 class Layer:
@@ -308,6 +319,7 @@ class CpuRuntime:
                 model.head.weight, plan if plan.way == "tiles" else Plan(precision, threads), arena=arena
             )
         self.room: dict[str, Array] = {}
+        self.widths: dict[str, int] = {}
         self.states = np.zeros((0, self.layout.size), np.float32)
         self.grow(slots)
 
@@ -330,12 +342,17 @@ class CpuRuntime:
             True
         )  # of this thread; a state that fades would make everything a hundred times slower
         order = sorted(range(len(pieces)), key=lambda i: id(pieces[i].adapter))
-        with _quickly(self.threads), torch.inference_mode(), scarce(f"a batch of {sum(map(_length, pieces))} tokens"):
-            p = Pass(self, [pieces[i] for i in order])
+        with _quickly(self.threads), torch.inference_mode():
+            with scarce(f"a batch of {sum(len(piece.tokens) for piece in pieces)} tokens"):
+                p = Pass(self, [pieces[i] for i in order])
+                p.reserve()
             x = p.array("x", self.layout.width)
             k.embed(p.tokens, self._table, *self._ln0, x)
-            for layer in self._layers:
-                layer(p, x)
+            try:
+                for layer in self._layers:
+                    layer(p, x)
+            except Exception as error:
+                raise Lost(f"a batch of {p.rows} tokens failed half-way: {error}") from error
             last = x[p.starts[1:] - 1]
             k.norm(last, *self._ln_out, last)
             logits = self._head(last, np.empty((len(pieces), self._head.width), np.float32))
@@ -345,8 +362,12 @@ class CpuRuntime:
 
 
 _shared = threading.Lock()
-MOST: int = numba.get_num_threads()
-"""Threads of Numba; before anyone asks for fewer, as many as there are cores."""
+
+
+@cache
+def _most() -> int:
+    """Threads of Numba: before anyone asks for fewer, as many as there are cores. To ask starts them."""
+    return int(numba.get_num_threads())
 
 
 @contextmanager
@@ -358,16 +379,12 @@ def _quickly(threads: int) -> Iterator[None]:
     """
     with _shared if threads > 1 else nullcontext():
         if threads > 1:
-            numba.set_num_threads(min(threads, MOST))
+            numba.set_num_threads(min(threads, _most()))
         torch.set_flush_denormal(True)
         try:
             yield
         finally:
             torch.set_flush_denormal(False)
-
-
-def _length(piece: Piece) -> int:
-    return len(piece.tokens)
 
 
 def _norm(norm: Any) -> tuple[Array, Array]:

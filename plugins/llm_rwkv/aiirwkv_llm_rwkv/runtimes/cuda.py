@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..network.model import RWKV
 from .memory import workspace
-from .runtime import Piece, TorchRuntime, check, scarce
+from .runtime import Lost, Piece, TorchRuntime, check, scarce
 
 if TYPE_CHECKING:
     from .ragged import Batch, Ragged
@@ -83,8 +83,8 @@ class CudaRuntime(TorchRuntime):
             torch.empty(need, dtype=torch.uint8, device=self.device)  # fails now, or not at all: states are still whole
         try:
             return self.ragged(batch)
-        except torch.OutOfMemoryError:
-            raise RuntimeError(f"memory ran out within a batch of {tokens} tokens, whose texts are lost") from None
+        except Exception as error:
+            raise Lost(f"a batch of {tokens} tokens failed half-way: {str(error).partition(chr(10))[0]}") from error
 
     def _here(self) -> Any:
         """Triton launches on the current device."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..network.model import RWKV, Layout
 
-__all__ = ["Adapter", "Piece", "Runtime", "TorchRuntime", "check", "scarce"]
+__all__ = ["Adapter", "Lost", "Piece", "Runtime", "TorchRuntime", "check", "scarce"]
 
 
 class Adapter(Protocol):
@@ -39,8 +39,12 @@ class Piece:
     adapter: Adapter | None = None
 
 
+class Lost(RuntimeError):
+    """A batch failed when its states had already begun to change: they are worth nothing any more."""
+
+
 class Runtime(Protocol):
-    """Owned by one thread. After a MemoryError every state is as it was, so that a smaller batch can be tried."""
+    """Owned by one thread. When a call fails, every state is as it was, unless it raises Lost."""
 
     layout: Layout
     vocabulary: int
@@ -62,7 +66,7 @@ class Runtime(Protocol):
         """
         Read the pieces, of any mix of lengths → the logits of each one's last token, float32 on the CPU [pieces, V].
 
-        Raises MemoryError, and ValueError for what is no token of this model.
+        Raises MemoryError, ValueError for what is no token of this model, and Lost.
         """
         ...
 
