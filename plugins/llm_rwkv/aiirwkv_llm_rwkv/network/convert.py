@@ -114,15 +114,15 @@ def _child(source: Path, part: Path, seconds: int) -> None:
     _restrict(source, seconds)
     try:
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except pickle.UnpicklingError as error:
-        what = str(error).partition("Please file an issue")[0]
+    except pickle.UnpicklingError:  # torch's own words tell how to run it all the same
         raise ValueError(
-            f"it is damaged, or holds more than tensors, which is not safe to read; "
-            f"get it from where it was published ({' '.join(what.split())[:300]})"
+            "it is damaged, or holds more than tensors, which is not safe to read; get it from where it was published"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"it is no checkpoint, or only a part of one; download it again ({reason})") from None
+    except (EOFError, ValueError, KeyError, AttributeError):
+        raise ValueError("it is no checkpoint, or only a part of one; download it again") from None
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise ValueError(f"it is no checkpoint, or only a part of one; download it again: {reason[:300]}") from None
     _check(content, source.stat().st_size)
     with part.open("wb") as file:
         _write(content, file)
