@@ -356,7 +356,7 @@ def test_pinned_states_stay_and_are_refused_when_they_are_too_many(caches: Cache
     assert [holds(cache, text(700, number)) for number in range(2)] == [True, True]
     assert len(caches.files()) == 3
     keep(cache, text(700, 2), pin=True)
-    with pytest.raises(Conflict, match=r"needs 0\.0 MB .*drop some states or raise plugins\.llm_rwkv\.state_disk"):
+    with pytest.raises(Conflict, match=r"needs 0\.0 MB .*drop some states or raise plugins\.llm_rwkv\.states_disk"):
         keep(cache, text(700, 3), pin=True)
     assert not holds(cache, text(700, 3))
     keep(cache, text(700, 1), pin=True)  # is one of them already
@@ -366,7 +366,7 @@ def test_pinned_states_stay_and_are_refused_when_they_are_too_many(caches: Cache
     keep(cache, text(700, 3), pin=True)
     cache.flush()
     assert sorted(state.disk for state in cache.list("ann")) == [True] * 3
-    with pytest.raises(Conflict, match="state_disk"):
+    with pytest.raises(Conflict, match="states_disk"):
         keep(StateCache(None, BIG, BIG, MODEL, SIZE), text(10), pin=True)
 
 

@@ -171,7 +171,7 @@ class Store:
         if taken + need > self.disk:
             raise Conflict(
                 f"the state needs {need / 1e6:.1f} MB on disk, and pinned states have {taken / 1e6:.1f} MB of "
-                f"{self.disk / 1e6:.1f} MB already; drop some states or raise plugins.llm_rwkv.state_disk"
+                f"{self.disk / 1e6:.1f} MB already; drop some states or raise plugins.llm_rwkv.states_disk"
             )
 
     def _shrink(self) -> None:
