@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from aiirwkv import Bus
 from aiirwkv.errors import BadRequest, Conflict, NotFound, PluginError, ServiceError
+from aiirwkv.plugins import load
 from aiirwkv.testing import running
 from aiirwkv.types import Generate, Message, Model, Models, States
 from aiirwkv_llm_rwkv import LlmRwkv
@@ -147,6 +148,12 @@ async def test_settings_that_cannot_be(settings: dict[str, str], complaint: str,
     with pytest.raises(PluginError, match=complaint):
         async with LlmRwkv(**settings).attach(tmp_path):  # type: ignore[arg-type]
             pass
+
+
+@pytest.mark.parametrize("name", ["threads", "rows", "longest_prompt", "states_memory", "states_disk"])
+def test_numbers_that_cannot_be(name: str) -> None:
+    with pytest.raises(PluginError, match=rf"\[plugins\.llm_rwkv\] {name}: expected `int` >= "):
+        load("llm_rwkv", {name: -1})
 
 
 async def test_a_vocabulary_that_does_not_match(tmp_path: Path) -> None:

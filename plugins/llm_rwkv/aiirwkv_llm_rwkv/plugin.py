@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import msgspec
 from aiirwkv import Context, Plugin, hookimpl
@@ -33,15 +33,15 @@ class LlmRwkv(Plugin):
     """auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
     precision: str = "auto"
     """auto, float32, bfloat16, int8; on a CPU also int4, on a GPU float16 and nf4."""
-    threads: int = 0
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Threads of the CPU; 0 chooses by the size of the model."""
-    rows: int = 0
+    rows: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Texts that are worked on at once; 0 chooses by the size of the model's state, 64 at most."""
-    longest_prompt: int = 262_144
+    longest_prompt: Annotated[int, msgspec.Meta(ge=1)] = 262_144
     """Tokens that a prompt may have."""
-    states_memory: int = 512
+    states_memory: Annotated[int, msgspec.Meta(ge=0)] = 512
     """MiB of memory for kept states, of each loaded model; 0, with `states_disk` 0, keeps none."""
-    states_disk: int = 4096
+    states_disk: Annotated[int, msgspec.Meta(ge=0)] = 4096
     """MiB on disk for kept states, of each loaded model."""
     mirror: str = ""
     """Where to pull models from instead of https://huggingface.co."""
