@@ -93,10 +93,11 @@ async def read(question: str, evidence: Sequence[Evidence], ask: Ask, refusal: s
 
 
 def reread(turn: Turn, said: str, text: str, evidence: Sequence[Evidence]) -> Reading:
-    """What an answer to a longer text is worth: it must stand in one of its sentences, of which the best is taken."""
+    """What an answer to a longer text is worth: the sentence it stands in, or the best one if that fits far better."""
     answer = standing(said, text, turn.question, turn.refusal)
     holding = [item for item in evidence if answer and answer in item.sentence.text]
-    return Reading((holding or evidence)[0], said, answer if holding else "")
+    readings = [Reading(item, said, answer) for item in holding[:1]]
+    return max([*readings, Reading(evidence[0], said, "")], key=lambda reading: reading.strength)
 
 
 def clause(question: str, text: str) -> str:

@@ -19,15 +19,17 @@ async def write(turn: Turn, texts: Sequence[Text]) -> AsyncGenerator[str, None]:
     asked = asking(turn, texts)
     turn.receipt.prompt = "\n\n".join([*asked.documents, asked.messages[-1].content])
     turn.note({rank: "given whole" for text in texts for rank in text.ranks})
+
+    async def evidence(said: str) -> list[list[Evidence]]:
+        return await supporting(turn, texts, [said] * len(texts))
+
     if turn.model.demonstration:
         said = await turn.complete(asked)
-        readings = [closely.reread(turn, said, text.text, await supporting(turn, text, said)) for text in texts]
+        found = zip(texts, await evidence(said), strict=True)
+        readings = [closely.reread(turn, said, text.text, items) for text, items in found]
         async for piece in closely.conclude(turn, max(readings, key=lambda reading: reading.strength)):
             yield piece
         return
-
-    async def evidence(said: str) -> list[list[Evidence]]:
-        return [await supporting(turn, text, said) for text in texts]
 
     async for piece in widely.answer(turn, asked, Marks((), turn.refusal if turn.gated else ""), evidence):
         yield piece

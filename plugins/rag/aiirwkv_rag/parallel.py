@@ -72,9 +72,9 @@ async def _closely(turn: Turn, texts: Sequence[Text], said: Sequence[Completion]
     How sure such a model is tells nothing of whether it is right: it is at its surest when it refuses. What counts is
     how well the sentence fits that the answer stands in.
     """
-    readings = []
-    for text, reply in zip(texts, said, strict=True):
-        readings.append(closely.reread(turn, reply.text, text.text, await supporting(turn, text, reply.text)))
+    answers = [reply.text for reply in said]
+    found = zip(texts, answers, await supporting(turn, texts, answers), strict=True)
+    readings = [closely.reread(turn, answer, text.text, evidence) for text, answer, evidence in found]
     place = max(range(len(texts)), key=lambda place: readings[place].strength)
     _tell(turn, texts, [reading.strength for reading in readings], place)
     async for piece in closely.conclude(turn, readings[place]):
@@ -113,11 +113,12 @@ async def _judge(turn: Turn, candidates: list[Candidate]) -> list[Candidate]:
     split = [[sentence for sentence, _ in cited(candidate.answer)] for candidate in candidates]
     sentences = [sentence for part in split for sentence in part]
     rows = iter((await turn.bus.call(Embed(sentences))).rows() if sentences else [])
-    for candidate, part in zip(candidates, split, strict=True):
+    found = await supporting(turn, [c.text for c in candidates], [c.answer for c in candidates])
+    for candidate, part, evidence in zip(candidates, split, found, strict=True):
         if not part:
             candidate.answer = ""
             continue
-        candidate.evidence = await supporting(turn, candidate.text, candidate.answer)
+        candidate.evidence = evidence
         candidate.fit = max(item.strength(True) for item in candidate.evidence)
         support = 0.0
         for sentence in part:

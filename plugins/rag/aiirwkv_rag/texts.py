@@ -108,15 +108,21 @@ def asking(turn: Turn, texts: Sequence[Text]) -> Generate:
     return Generate(messages=[Message("user", question)], documents=[text.text for text in texts])
 
 
-async def supporting(turn: Turn, text: Text, answer: str) -> list[Evidence]:
-    """The evidence of a text; of a whole document also its sentences that share words with the answer."""
-    if not text.whole:
-        return text.evidence
-    found = {item.start: item for item in text.evidence}
-    for item in await turn.weighed(collect(f"{turn.query} {answer}", await _passages(turn, text.hit))):
-        item.rank = text.evidence[0].rank
-        found.setdefault(item.start, item)
-    return sorted(found.values(), key=lambda item: item.order, reverse=True)
+async def supporting(turn: Turn, texts: Sequence[Text], answers: Sequence[str]) -> list[list[Evidence]]:
+    """The evidence of each text; of a whole document also its sentences that share words with the answer to it."""
+    found = [{item.start: item for item in text.evidence} for text in texts]
+    more: list[Evidence] = []
+    places: dict[int, int] = {}
+    for place, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        if text.whole and answer:
+            sentences = collect(f"{turn.query} {answer}", await _passages(turn, text.hit))
+            for item in sentences:
+                item.rank = text.evidence[0].rank
+                places[id(item)] = place
+            more += sentences
+    for item in await turn.weighed(more):
+        found[places[id(item)]].setdefault(item.start, item)
+    return [sorted(items.values(), key=lambda item: item.order, reverse=True) for items in found]
 
 
 async def _passages(turn: Turn, hit: Hit) -> list[Hit]:

@@ -50,6 +50,8 @@ class Turn:
         self.settings = settings
         self.limits = msgspec.convert(model.card.get("limits") or {}, Limits, strict=False)
         self.query = request.question
+        self._asked: Sequence[float] = ()
+        self._vectors: dict[str, Sequence[float]] = {}
         self.hits: list[Hit] = []
         self.evidence: list[Evidence] = []
         self.groups: list[list[Evidence]] = []
@@ -102,8 +104,11 @@ class Turn:
         """The sentences with their scores against the question, best first."""
         if not sentences:
             return []
-        (asked,) = (await self.bus.call(Embed([self.query], kind="query"))).rows()
-        vectors = (await self.bus.call(Embed([item.titled for item in sentences]))).rows()
+        if not self._asked:
+            (self._asked,) = (await self.bus.call(Embed([self.query], kind="query"))).rows()
+        if new := [text for text in dict.fromkeys(item.titled for item in sentences) if text not in self._vectors]:
+            self._vectors |= zip(new, (await self.bus.call(Embed(new))).rows(), strict=True)
+        asked, vectors = self._asked, [self._vectors[item.titled] for item in sentences]
         evidence = weigh(self.question, sentences, asked, vectors)
         if self.model.demonstration and (known := await self._synonyms(evidence)):
             evidence = weigh(self.question, sentences, asked, vectors, known)
