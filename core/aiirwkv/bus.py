@@ -20,6 +20,7 @@ from .config import BusConfig
 from .connection import connection
 from .errors import (
     BY_CODE,
+    BadRequest,
     Busy,
     DeadlineExceeded,
     NotFound,
@@ -83,6 +84,13 @@ def nobody(asked: str) -> str:
     _, hook, *plugin = asked.split(".")
     start = f"aiirwkv worker {plugin[0]}" if plugin else "aiirwkv up"
     return f"nobody serves {asked} now; start a worker for it ({start}), or see who is there: aiirwkv plugins ({hook})"
+
+
+def _encode(request: Request[Any]) -> bytes:
+    try:
+        return msgspec.json.encode(request)
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{request.hook}: a text holds half a character (a lone surrogate): {error}") from None
 
 
 class Bus:
@@ -156,7 +164,7 @@ class Bus:
                     return watched
             raise StreamBroken(f"{asked} ended without a reply; ask again")
         try:
-            body = msgspec.json.encode(request)
+            body = _encode(request)
             msg = await self.nc.request(asked, body, timeout, headers=self._headers(timeout))
         except nats.errors.NoRespondersError:
             raise NoWorker(nobody(asked)) from None
@@ -196,7 +204,7 @@ class Bus:
         inbox = self.nc.new_inbox()
         sub = await self.nc.subscribe(inbox)
         try:
-            body = msgspec.json.encode(request)
+            body = _encode(request)
             try:
                 await self.nc.publish(asked, body, reply=inbox, headers=self._headers(timeout) | headers)
             except nats.errors.MaxPayloadError:

@@ -48,6 +48,12 @@ async def test_nobody_there_is_told_at_once(bus: Bus) -> None:
                 pass
 
 
+async def test_half_a_character_is_refused(bus: Bus) -> None:
+    for timeout in (5, 60):
+        with pytest.raises(BadRequest, match="embed: a text holds half a character"):
+            await bus.call(Embed(["\ud800"]), timeout=timeout)
+
+
 async def test_stream(bus: Bus) -> None:
     async with bus.stream(Generate("a b c", max_tokens=5)) as chunks:
         got = [chunk async for chunk in chunks]

@@ -101,7 +101,10 @@ class Prompt(_Strict, frozen=True):
             raise BadRequest("states: read needs `documents`, `messages` or `prompt`; all are empty")
         parts = self.parts([*messages, Message("user", "?")], documents)
         if len(parts) == 1:
-            raise BadRequest("states: in this model's form the question comes first; nothing can be read before it")
+            raise BadRequest(
+                "states: in this model's form the question comes first, so that nothing can be read before it; "
+                "see `prompt.reading` in its card.json"
+            )
         return parts
 
 

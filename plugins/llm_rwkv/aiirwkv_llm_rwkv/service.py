@@ -115,6 +115,7 @@ class Service:
             f"{self.sha256()} {self.precision} {runtime.layout.size}",
             runtime.layout.size,
             vocabulary=runtime.vocabulary,
+            precision="float32" if self.precision == "float32" else "float16",  # so that a seed repeats its text
         )
 
 

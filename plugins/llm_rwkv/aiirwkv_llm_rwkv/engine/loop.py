@@ -115,8 +115,8 @@ class Engine:
             torch.set_num_threads(self.threads)
         with torch.inference_mode():
             while not self._closing or (self._finishing and self.busy):
-                self.take()
                 try:
+                    self.take()
                     self.step()
                 except Exception as error:  # a mistake of ours, not of a request: all are told, the engine lives on
                     log.exception("a pass of the engine failed")
