@@ -457,7 +457,7 @@ def report_speed(table: Table, result: dict[str, Any], counts: dict[str, float],
 
 def report_states(table: Table, file: Path, given: argparse.Namespace, version: str) -> None:
     table.head("kept states, gaps and the bus", "precision", "without", "with", "ratio", "must", "aim")
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bfloat16") if file.stem.endswith("0.1B") else ("float32",):
         found = child("states", file, precision, given.rounds, version=version, core=given.core)
         cold, warm = found["520 tokens"], found["8 after 512 kept"]
         table.row(
