@@ -38,7 +38,7 @@ def test_wrong_names_and_settings_are_explained() -> None:
         load("llm_rwkv", {"modell": "x"})
     with pytest.raises(PluginError, match=r"\[plugins.llm_rwkv\] model: expected `str`, got `int`"):
         load("llm_rwkv", {"model": 1})
-    assert hooks(load_class("llm_rwkv")) == ["generate", "models"]
+    assert hooks(load_class("llm_rwkv")) == ["generate", "models", "states"]
 
 
 def test_a_hook_that_does_not_exist_is_refused() -> None:

@@ -705,6 +705,7 @@ def test_forged_files_are_refused(caches: Caches) -> None:
         with pytest.raises(BadRequest, match="cannot be imported"):
             cache.import_("ann", data)
             pytest.fail(name)
+    cache.flush()
     assert cache.stats().states == 0 and caches.files() == []
     cache.import_("ann", good)
 
