@@ -7,6 +7,8 @@ the torch module defines, from the module's weights, and is held to it when a mo
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -322,6 +324,7 @@ class CpuRuntime:
         self.widths: dict[str, int] = {}
         self.states = np.zeros((0, self.layout.size), np.float32)
         self.grow(slots)
+        _give_back()
 
     def grow(self, slots: int) -> None:
         if slots > len(self.states):
@@ -385,6 +388,12 @@ def _quickly(threads: int) -> Iterator[None]:
             yield
         finally:
             torch.set_flush_denormal(False)
+
+
+def _give_back() -> None:
+    """Let the system have the memory that packing needed and the C library keeps, where there is a way."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _norm(norm: Any) -> tuple[Array, Array]:
