@@ -125,7 +125,7 @@ UNKNOWN_TOKENS = 3000
 """Tokens of evidence for a model that does not say how much it reads well."""
 
 
-def collect(question: str, hits: Sequence[Hit]) -> list[Evidence]:
+def collect(question: str, hits: Sequence[Hit], most: int = MOST) -> list[Evidence]:
     """The sentences of the passages; when there are very many, those that share most words with the question."""
     found: dict[tuple[str, int], Evidence] = {}
     for rank, hit in enumerate(hits):
@@ -142,7 +142,7 @@ def collect(question: str, hits: Sequence[Hit]) -> list[Evidence]:
             previous = sentence.plain
     words = set(content(question))
     best = sorted(found.values(), key=lambda e: (len(words & set(content(e.titled))), -e.rank), reverse=True)
-    return best[:MOST]
+    return best[:most]
 
 
 def weigh(

@@ -17,6 +17,9 @@ from .turn import Turn
 
 __all__ = ["Text", "asking", "canonical", "choose", "only_document", "supporting"]
 
+NEAR = 12
+"""Sentences of a whole document that are looked at because they share words with the answer."""
+
 
 @dataclass
 class Text:
@@ -115,7 +118,7 @@ async def supporting(turn: Turn, texts: Sequence[Text], answers: Sequence[str]) 
     places: dict[int, int] = {}
     for place, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         if text.whole and answer:
-            sentences = collect(f"{turn.query} {answer}", await _passages(turn, text.hit))
+            sentences = collect(answer, await _passages(turn, text.hit), NEAR)
             for item in sentences:
                 item.rank = text.evidence[0].rank
                 places[id(item)] = place
